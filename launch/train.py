@@ -1,0 +1,164 @@
+"""Train one model on many tasks.
+
+    deepspeed launch/train.py --ds_config ds_configs/zero2.json
+    deepspeed --num_gpus 4 launch/train.py --ds_config ds_configs/zero3.json --recipe llama2_7b_glue --model FOLDER
+
+Without a recipe the embedded demo is trained. A recipe is a YAML file, or the name of one in launch/recipes; flags
+override it. --dry_run prints the plan and stops.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from more_ds import log
+
+log.quiet_libraries()
+
+import torch
+
+from more_ds import cli, plan, report
+from more_ds.checkpoint_files import read_state
+from more_ds.config import build, read_recipe
+from more_ds.ds_config import with_monitors
+from more_ds.engine import Ranks, learning_rate, set_learning_rate, shard_while_loading, start
+from more_ds.ledger import Ledger
+from more_ds.losses import label_nll
+from more_ds.mixture import MicroBatch
+from more_ds.model import TextModel, attach, load_base
+from more_ds.run import Run
+from more_ds.run_folder import RunFolder, default_path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = cli.config_parser(__doc__ or "")
+    parser.add_argument("--recipe", default="demo", help="recipe: a YAML file, or a name in launch/recipes")
+    parser.add_argument("--ds_config", help="DeepSpeed configuration; default: ZeRO-0")
+    parser.add_argument("--resume", default="none", help="none, auto (the newest checkpoint), or a checkpoint's folder")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; not needed")
+    return cli.run(lambda: train(*cli.parse(parser, sys.argv[1:] if argv is None else argv)))
+
+
+def train(arguments: Any, flags: dict[str, Any]) -> None:
+    """Check everything; then load, train, score and save."""
+    recipe = read_recipe(arguments.recipe)
+    nested = {name: {**(recipe.get(name) or {}), **flags[name]} for name in cli.NESTED if name in flags}
+    config = build({**recipe, **flags, **nested}, f"recipe '{arguments.recipe}'")
+    ranks = Ranks()
+    folder = RunFolder(Path(config.output_dir or default_path(arguments.recipe)))
+    resumed = folder.find_checkpoint(arguments.resume)
+    the_plan = plan.make(
+        config,
+        ds_config_path=arguments.ds_config,
+        world=ranks.world,
+        on_gpu=ranks.on_gpu,
+        group_size=read_state(resumed)["sampler"]["plan"]["group_size"] if resumed else None,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    folder.check(the_plan.config, resume=arguments.resume != "none")
+    log.say(report.header(the_plan, ranks, str(folder.path)) + "\n")
+    log.say(report.sampling(the_plan) + "\n")
+    if arguments.dry_run:
+        return
+    ranks.connect()
+    run = begin(the_plan, ranks, RunFolder(ranks.agree(folder.path)), arguments.trust_remote_code)
+    if resumed:
+        run.resume(resumed)
+    loop(run)
+    run.finish()
+
+
+def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, trust_remote_code: bool) -> Run:
+    """Load the base model, attach the adapter, and shard both."""
+    config = the_plan.config
+    ds_config = with_monitors(the_plan.ds_config, config.report_to, folder.path / "monitors")
+    if ranks.rank == 0:
+        folder.create(config, ds_config)
+    sharding = shard_while_loading(ds_config)
+    base = load_base(
+        config.model,
+        the_plan.model_config,
+        dtype=the_plan.dtype,
+        revision=config.revision,
+        quantization=config.quantization,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    torch.manual_seed(config.seed)
+    model = attach(base, the_plan.adapter)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine = start(model, config, ds_config, ranks)
+    del sharding
+    return Run(the_plan, ranks, folder, TextModel(engine, the_plan.encoder))
+
+
+def loop(run: Run) -> None:
+    """Train until the last step, or until the validation score has stopped rising."""
+    config, total, state = run.plan.config, run.plan.total_steps, run.progress
+    ledger = Ledger(run.plan.task_names, run.ranks)
+    if state.step == 0:
+        state.first_ranks = {name: chosen.tolist() for name, chosen in run.chosen_ranks().items()}
+        if config.eval_on_start:
+            run.validate(untuned=True)
+    run.engine.train()
+    with log.Progress(total, "training", initial=state.step) as bar:
+        while state.step < total:
+            rate = learning_rate(config, state.step, total)
+            set_learning_rate(run.engine, rate)
+            take_step(run, ledger)
+            state.step += 1
+            evaluates = state.step == total or state.step % run.plan.eval_steps == 0
+            saves = evaluates or (config.save_steps is not None and state.step % config.save_steps == 0)
+            note = ""
+            if saves or state.step % config.logging_steps == 0:
+                row = ledger.close()
+                note = f"loss {row['loss_lm']:.3f}"
+                run.log({"learning_rate": rate, "grad_norm": float(run.engine.get_global_grad_norm()), **row})
+            bar.advance(1, note)
+            if evaluates:
+                run.validate()
+            if saves:
+                run.save()
+            if config.early_stopping_patience is not None and state.worse_in_a_row >= config.early_stopping_patience:
+                log.say(f"no better mean score in {state.worse_in_a_row} evaluations: stopped at step {state.step}")
+                break
+
+
+def take_step(run: Run, ledger: Ledger) -> None:
+    """Take one optimizer step.
+
+    The loss is the mean over the label tokens of the whole global batch, however that is split over ranks and
+    accumulation steps: DeepSpeed averages over both, so each micro-batch's sum is scaled by their number. A method's
+    own loss is a mean over the examples of equal micro-batches, and needs no scaling.
+    """
+    sizes, step = run.plan.sizes, run.progress.step
+    batches = run.mixture.micro_batches(step, rank=run.ranks.rank, world=sizes.world, accumulation=sizes.accumulation)
+    tokens = run.ranks.sum(torch.tensor(float(sum(batch.label_tokens for batch in batches))))
+    for batch in batches:
+        seed_micro_batch(run.plan.config.seed, step, batch)
+        tensors = {name: tensor.to(run.ranks.device) for name, tensor in batch.tensors.items()}
+        nll, _ = label_nll(run.text_model.label_logits(tensors), tensors["labels"])
+        loss = nll.sum() * (sizes.world * sizes.accumulation / tokens)
+        auxiliary = run.text_model.auxiliary_loss()
+        run.engine.backward(loss if auxiliary is None else loss + auxiliary)
+        run.engine.step()
+        ledger.add(step, batch, nll.sum(), auxiliary)
+
+
+def seed_micro_batch(seed: int, step: int, batch: MicroBatch) -> None:
+    """Make dropout a function of (seed, step, slot), so that a resumed run needs no random state to go on alike."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + batch.slot) % 2**63)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""Checkpoints by name: what one holds does not depend on the number of ranks or on the ZeRO stage.
+
+The adapter and Adam's moments are small (tens of megabytes for a 7B model), so they are gathered, stored once, and cut
+again for whatever engine loads them; frozen base weights are never in it. `checkpoint_files` is about the folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from
+from safetensors.torch import save as bytes_of
+from torch import Tensor, nn
+
+from more_ds.checkpoint_files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    OPTIMIZER,
+    STATE,
+    base_identity,
+    name_of,
+    newest_complete,
+    read_folder,
+    read_state,
+    rotate,
+    to_json,
+    write_file,
+    write_folder,
+)
+from more_ds.engine import gathered
+from more_ds.errors import TrainingError, UserError
+from more_ds.optimizer_state import MASTER, MOMENTS, NamedState
+
+__all__ = [
+    "adapter_tensors", "base_identity", "load", "newest_complete", "read_state", "rotate", "save", "save_adapter",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """The tensors that PEFT saves, by the names under which it does, as they live in the model."""
+
+    model: PeftModel
+    parameters: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+    full_names: dict[str, str]
+
+
+def adapter_tensors(engine: Any) -> dict[str, Tensor]:
+    """The adapter as PEFT saves it, from an engine in training. Collective.
+
+    Args:
+        engine: of `more_ds.engine.start`, at any ZeRO stage.
+
+    Returns:
+        Whole tensors on the CPU, by PEFT's names; parameters as float32 master values. MoRE's task-to-rank tables are
+        brought up to date with the parameters that the model computes with.
+
+    Raises:
+        UserError: a trained parameter is not part of the adapter, or the optimizer's state cannot be read.
+    """
+    adapter = _adapter(engine.module)
+    return _tensors(adapter, NamedState(engine, adapter.parameters))
+
+
+def save_adapter(folder: Path, engine: Any) -> None:
+    """Write the adapter alone, for `PeftModel.from_pretrained`; another one in the folder is replaced. Collective.
+
+    Raises:
+        UserError: as for `adapter_tensors`.
+        TrainingError: it cannot be written, or it is not finite.
+    """
+    tensors = adapter_tensors(engine)
+
+    def write() -> None:
+        _check_finite(tensors)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / ADAPTER_CONFIG, _config(engine.module))
+        write_file(folder / ADAPTER, bytes_of(tensors, {"format": "pt"}))
+        _check_tensors((folder / ADAPTER).read_bytes(), tensors)
+
+    _on_rank_zero(write, engine.device, f"the adapter {folder} was not written")
+
+
+def save(
+    folder: Path, engine: Any, step: int, state: Mapping[str, Any], *, keep: int = 2, protect: Iterable[Path] = ()
+) -> Path:
+    """Write a checkpoint between two optimizer steps, then remove old ones. Collective.
+
+    It is read back and compared with what is in memory before it is put in place, and before any other is removed.
+
+    Args:
+        folder: of the checkpoints, on a disk that rank 0 reaches.
+        engine: of `more_ds.engine.start`.
+        step: optimizer steps taken.
+        state: what the run counts (sampler, best score, base model), as plain JSON; `load` returns it.
+        keep: how many of the newest checkpoints stay.
+        protect: checkpoints that stay in any case.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: as for `adapter_tensors`.
+        TrainingError: it cannot be written, or a number in it is not finite. The checkpoints before are unharmed.
+    """
+    adapter = _adapter(engine.module)
+    numbers = NamedState(engine, adapter.parameters)
+    tensors = _tensors(adapter, numbers)
+    moments = {f"{kind}.{name}": value for kind in MOMENTS for name, value in numbers.gather(kind).items()}
+    record = {
+        "step": step,
+        "run": dict(state),
+        "optimizer": {"step": numbers.step(), "loss_scale": numbers.loss_scale},
+        "versions": {name: metadata.version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
+    }
+    path = folder / name_of(step)
+
+    def check(written: Mapping[str, bytes]) -> None:
+        _check_tensors(written[ADAPTER], tensors)
+        _check_tensors(written[OPTIMIZER], moments)
+
+    def write() -> None:
+        _check_finite(tensors | moments)
+        contents = {
+            ADAPTER: bytes_of(tensors, {"format": "pt"}),
+            ADAPTER_CONFIG: _config(engine.module),
+            OPTIMIZER: bytes_of(moments, {"format": "pt"}),
+            STATE: to_json(record),
+        }
+        write_folder(path, contents, check)
+        rotate(folder, keep, protect)
+
+    _on_rank_zero(write, engine.device, f"the checkpoint {path} was not written")
+    return path
+
+
+def load(path: Path, engine: Any) -> dict[str, Any]:
+    """Put a checkpoint into an engine: any number of ranks, any ZeRO stage, any number format. Collective.
+
+    Master values and moments are those of the run that saved them, to the bit, so that a run on the same ranks and the
+    same stage goes on as if it had not stopped. Rank 0 alone reads the files.
+
+    Args:
+        path: folder of the checkpoint.
+        engine: of `more_ds.engine.start`, around a model with the same adapter.
+
+    Returns:
+        The `state` that was given to `save`.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another adapter; names the file or the tensor.
+    """
+    adapter = _adapter(engine.module)
+    numbers = NamedState(engine, adapter.parameters)
+    values: dict[str, dict[str, Tensor]] = {}
+
+    def read() -> dict[str, Any]:
+        contents = read_folder(path)
+        shapes = {kind: numbers.shapes(kind) for kind in (MASTER, *MOMENTS)}
+        expected = shapes[MASTER] | {name: tuple(buffer.shape) for name, buffer in adapter.buffers.items()}
+        values[MASTER] = _parse(contents[ADAPTER], expected, path / ADAPTER)
+        expected = {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in shapes[kind].items()}
+        moments = _parse(contents[OPTIMIZER], expected, path / OPTIMIZER)
+        for kind in MOMENTS:
+            values[kind] = {name: moments[f"{kind}.{name}"] for name in shapes[kind]}
+        return json.loads(contents[STATE])
+
+    record = _on_rank_zero(read, engine.device, f"the checkpoint {path} cannot be read")
+    numbers.set_step(record["optimizer"]["step"])
+    numbers.loss_scale = record["optimizer"]["loss_scale"]
+    for kind in (MASTER, *MOMENTS):
+        numbers.set(kind, values.get(kind))
+    _set_buffers(adapter, values.get(MASTER), engine.device)
+    # DeepSpeed's monitors count by these.
+    engine.global_steps = record["step"]
+    engine.global_samples = record["step"] * engine.train_batch_size()
+    engine.micro_steps = record["step"] * engine.gradient_accumulation_steps()
+    return record["run"]
+
+
+def _adapter(model: PeftModel) -> _Adapter:
+    """Find the active adapter's tensors in a model.
+
+    Raises:
+        UserError: a trained parameter is not among them, so that no checkpoint would have it.
+    """
+    whole = model.state_dict(keep_vars=True)
+    full_names = {id(tensor): name for name, tensor in whole.items()}
+    saved = get_peft_model_state_dict(
+        model, state_dict=whole, adapter_name=model.active_adapter, save_embedding_layers=False
+    )
+    held = {id(tensor) for tensor in saved.values()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if lost:
+        raise UserError(
+            f"{len(lost)} trained parameters are not part of the adapter and would be lost, e.g. {lost[0]}; freeze "
+            "them, or name their module in the adapter's modules_to_save"
+        )
+    return _Adapter(
+        model,
+        {name: tensor for name, tensor in saved.items() if isinstance(tensor, nn.Parameter)},
+        {name: tensor for name, tensor in saved.items() if not isinstance(tensor, nn.Parameter)},
+        {name: full_names[id(tensor)] for name, tensor in saved.items()},
+    )
+
+
+def _tensors(adapter: _Adapter, numbers: NamedState) -> dict[str, Tensor]:
+    with gathered(p for p in adapter.parameters.values() if p.numel() == 0):
+        adapter.model.state_dict()  # layers bring their tables up to date before they are saved
+        buffers = {name: buffer.detach().cpu().clone() for name, buffer in adapter.buffers.items()}
+    # Tensors of their own: safetensors refuses views of one buffer.
+    return {name: value.clone() for name, value in numbers.gather(MASTER).items()} | buffers
+
+
+def _set_buffers(adapter: _Adapter, saved: Mapping[str, Tensor] | None, device: torch.device) -> None:
+    state = {}
+    for name, buffer in adapter.buffers.items():
+        value = saved[name].to(device, buffer.dtype) if saved else torch.empty_like(buffer, device=device)
+        dist.broadcast(value, src=0)
+        state[adapter.full_names[name]] = value
+    adapter.model.load_state_dict(state, strict=False)
+
+
+def _config(model: PeftModel) -> bytes:
+    """`adapter_config.json` as PEFT writes it, with sets in a fixed order."""
+    config = copy.copy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    content = config.to_dict()
+    return to_json({key: sorted(value) if isinstance(value, set) else value for key, value in content.items()})
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise TrainingError(f"{len(broken)} tensors are not finite, e.g. {broken[0]}; lower the learning rate")
+
+
+def _check_tensors(content: bytes, live: Mapping[str, Tensor]) -> None:
+    """Compare a file that was read back with the tensors it was made of."""
+    found = tensors_from(content)
+    wrong = [name for name in live if name not in found or not torch.equal(found[name], live[name])]
+    wrong += [name for name in found if name not in live or found[name].numel() == 0]
+    if wrong:
+        raise TrainingError(f"{len(wrong)} tensors were not saved as they are, e.g. {wrong[0]}; check the disk")
+
+
+def _parse(content: bytes, expected: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, if they are those that the engine has.
+
+    Raises:
+        UserError: some are missing, left over or of another shape.
+    """
+    try:
+        found = tensors_from(content)
+    except SafetensorError as error:
+        raise UserError(f"{path} is no safetensors file: {error}; resume from another checkpoint") from error
+    for what, names in (("lacks", set(expected) - set(found)), ("has in addition", set(found) - set(expected))):
+        if names:
+            raise UserError(f"{path} {what} {len(names)} tensors, e.g. {min(names)}; it is of another adapter or model")
+    for name, shape in expected.items():
+        if tuple(found[name].shape) != shape:
+            raise UserError(
+                f"{path}: {name} is {tuple(found[name].shape)}, the model has {shape}; another adapter or base"
+            )
+    return found
+
+
+def _on_rank_zero(work: Callable[[], Any], device: torch.device, failure: str) -> Any:
+    """Do `work` on rank 0 and return its result, plain JSON, on every rank; an error there is an error everywhere.
+
+    Raises:
+        UserError: `work` raised it.
+        TrainingError: `work` raised something else; the message begins with `failure`.
+    """
+    outcome: dict[str, Any] = {}
+    cause = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = {"value": work()}
+        except UserError as error:
+            outcome, cause = {"user": str(error)}, error
+        except Exception as error:
+            outcome, cause = {"error": f"{failure}: {error or type(error).__name__}"}, error
+    outcome = _broadcast(outcome, device)
+    if "user" in outcome:
+        raise UserError(outcome["user"]) from cause
+    if "error" in outcome:
+        raise TrainingError(outcome["error"]) from cause
+    return outcome["value"]
+
+
+def _broadcast(content: Any, device: torch.device) -> Any:
+    """Rank 0's `content`, sent as JSON: torch's own object broadcast unpickles."""
+    encoded = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor(len(encoded), device=device)
+    dist.broadcast(size, src=0)
+    if dist.get_rank() != 0:
+        encoded = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(encoded, src=0)
+    return json.loads(bytes(encoded.tolist()))

@@ -1,0 +1,132 @@
+"""A tiny backbone, pretrained on the unlabelled text of the demo language.
+
+A plain PyTorch loop: its cost is bounded by steps, not by the clock, so that the same machine
+makes the same weights each time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from more_ds.demo.lexicon import GLOSSARY
+from more_ds.demo.spans import SpanCorruption
+from more_ds.demo.text import documents
+from more_ds.demo.tokenizer import Kind, train_tokenizer
+from more_ds.log import Progress
+
+STEPS = {"llama": 800, "t5": 800}
+TEXT_SEED = 17
+WIDTH = 128
+LAYERS = 4
+HEADS = 4
+ROWS, LENGTH = 8, 128
+PEAK_LR = 3e-3
+WARMUP_STEPS = 50
+
+Batch = dict[str, torch.Tensor]
+
+
+def build_backbone(kind: Kind, folder: Path, steps: int | None = None) -> None:
+    """Train a tokeniser and a backbone for `steps` steps, and save both in `folder`.
+
+    `folder` then loads with `AutoTokenizer`, and `AutoModelForCausalLM` ("llama") or
+    `AutoModelForSeq2SeqLM` ("t5"). `pretraining.log` in it has the loss as it fell.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sample = [*islice(documents(TEXT_SEED), 6000), *GLOSSARY]
+    tokenizer = train_tokenizer(kind, sample, folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _llama(tokenizer) if kind == "llama" else _t5(tokenizer)
+        batches = packed(tokenizer) if kind == "llama" else SpanCorruption(tokenizer, TEXT_SEED, 32).batches()
+        lines = _pretrain(model, batches, STEPS[kind] if steps is None else steps)
+    model.eval()
+    model.save_pretrained(folder)
+    (folder / "pretraining.log").write_text("\n".join(lines) + "\n")
+
+
+def _llama(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _t5(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=WIDTH,
+        d_kv=WIDTH // HEADS,
+        d_ff=2 * WIDTH,
+        num_layers=LAYERS - 1,
+        num_heads=HEADS,
+        dropout_rate=0.0,
+        feed_forward_proj="relu",
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def _pretrain(model: PreTrainedModel, batches: Iterator[Batch], steps: int) -> list[str]:
+    """Run `steps` steps of AdamW with warm-up and cosine decay; return the log's lines."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    warmup = min(WARMUP_STEPS, steps)
+    model.train()
+    lines, mean = [], math.nan
+    with Progress(steps, "pretraining the demo's backbone") as bar:
+        for step in range(1, steps + 1):
+            done = max(step - warmup, 0) / max(steps - warmup, 1)
+            scale = min(step / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_LR * scale
+            loss = model(**next(batches)).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            value = loss.item()
+            mean = value if math.isnan(mean) else 0.95 * mean + 0.05 * value
+            bar.advance(note=f"loss {mean:.2f}")
+            if step % 25 == 0 or step == steps:
+                lines.append(f"step {step} of {steps}, loss {mean:.4f}")
+    return lines
+
+
+def packed(tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+    """Yield batches of documents laid end to end, each between BOS and EOS."""
+    stream = documents(TEXT_SEED)
+    ids: list[int] = []
+    while True:
+        while len(ids) < ROWS * LENGTH:
+            for encoded in tokenizer(list(islice(stream, 256)))["input_ids"]:
+                ids += [*encoded, tokenizer.eos_token_id]
+        rows, ids = torch.tensor(ids[: ROWS * LENGTH]), ids[ROWS * LENGTH :]
+        rows = rows.view(ROWS, LENGTH)
+        yield {"input_ids": rows, "labels": rows}

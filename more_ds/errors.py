@@ -1,0 +1,26 @@
+"""Errors that are the user's to mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in the input: one readable line, exit code 2, before anything expensive starts.
+
+    The message says what was wrong, what was found, and what to do.
+    """
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" or "; known: a, b, c" for an unknown `name`."""
+    names = sorted({str(item) for item in known})
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+class TrainingError(Exception):
+    """A run that cannot go on (a loss that is not finite, say): one line, exit code 1, what was saved stays."""

@@ -1,0 +1,100 @@
+"""What a run's micro-batches cost and yielded, by task, until the next row of the log."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from more_ds.engine import Ranks
+from more_ds.errors import TrainingError
+from more_ds.mixture import MicroBatch
+
+
+class Ledger:
+    """Collects losses on the device and reads them once per logged interval, so that a step waits for nothing."""
+
+    def __init__(self, task_names: Sequence[str], ranks: Ranks) -> None:
+        """Start an empty interval."""
+        self.task_names, self.ranks = task_names, ranks
+        self._clear()
+
+    def add(self, step: int, batch: MicroBatch, nll: Tensor, auxiliary: Tensor | None) -> None:
+        """Note a micro-batch.
+
+        Args:
+            step: optimizer step it belongs to.
+            batch: the micro-batch.
+            nll: scalar, sum over its label tokens, in nats.
+            auxiliary: scalar, the method's own loss, or None.
+        """
+        auxiliary = torch.zeros_like(nll) if auxiliary is None else auxiliary
+        self._losses.append(torch.stack([nll.detach(), auxiliary.detach().to(nll)]))
+        self._notes.append((step, batch))
+
+    def close(self) -> dict[str, Any]:
+        """End the interval on all ranks together: mean losses, over tokens and by task, and the throughput.
+
+        Raises:
+            TrainingError: a loss is not finite; names the step and the task.
+        """
+        losses = torch.stack(self._losses).double().cpu() if self._losses else torch.zeros(0, 2, dtype=torch.float64)
+        self._refuse_non_finite(losses)
+        columns = torch.zeros(len(self.task_names), 5, dtype=torch.float64)
+        for (_, batch), (nll, auxiliary) in zip(self._notes, losses.tolist(), strict=True):
+            size = len(batch.tensors["labels"])
+            columns[batch.task] += torch.tensor([nll, batch.label_tokens, auxiliary * size, size, batch.tokens])
+        columns = self.ranks.sum(columns).cpu()
+        seconds = time.monotonic() - self._began
+        row = self._row(columns, seconds)
+        self._clear()
+        return row
+
+    def _row(self, columns: Tensor, seconds: float) -> dict[str, Any]:
+        nll, labels, auxiliary, examples, tokens = columns.sum(0).tolist()
+        loss_lm, loss_auxiliary = nll / max(labels, 1), auxiliary / max(examples, 1)
+        by_task = {
+            name: {"loss": part[0] / part[1], "examples": int(part[3])}
+            for name, part in zip(self.task_names, columns.tolist(), strict=True)
+            if part[1]
+        }
+        return {
+            "loss": loss_lm + loss_auxiliary,
+            "loss_lm": loss_lm,
+            "loss_auxiliary": loss_auxiliary,
+            "tasks": by_task,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "examples_per_second": round(examples / seconds, 2),
+            "peak_memory_gb": round(peak_memory_gb(), 3),
+        }
+
+    def _refuse_non_finite(self, losses: Tensor) -> None:
+        bad = (~torch.isfinite(losses).all(1)).nonzero().flatten().tolist()
+        found = None
+        if bad:
+            step, batch = self._notes[bad[0]]
+            found = (step + 1, self.task_names[batch.task], self.ranks.rank)
+        everyone: list[Any] = [None] * self.ranks.world
+        torch.distributed.all_gather_object(everyone, found)
+        first = min((item for item in everyone if item is not None), default=None)
+        if first is not None:
+            raise TrainingError(
+                f"the loss is not finite at step {first[0]}, task '{first[1]}', rank {first[2]}; the last checkpoint is "
+                "as it was; lower learning_rate, or use --dtype fp32 or bf16"
+            )
+
+    def _clear(self) -> None:
+        self._losses: list[Tensor] = []
+        self._notes: list[tuple[int, MicroBatch]] = []
+        self._began = time.monotonic()
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process has held: on the GPU if there is one, else resident, in GB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

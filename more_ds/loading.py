@@ -1,0 +1,197 @@
+"""Opening what is to be scored: a run directory, an adapter folder, or a plain model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from more_ds.encoding import Encoder
+from more_ds.errors import UserError
+from more_ds.model import TextModel, check_model, load_base, load_tokenizer, read_model_config
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SLOTS = ("best", "last")
+"""Where a run keeps its adapters, the better one first."""
+SOURCE_LENGTH = 384
+"""Most tokens of a prompt for a model that comes without a run."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be scored.
+
+    Attributes:
+        name: as the user wrote it.
+        base: folder or hub id of the base model.
+        adapter: folder of the adapter; None: the base model alone.
+        adapter_config: its PEFT configuration.
+        run: the configuration of the run that trained it; empty if there is none.
+        folder: where results belong by default.
+    """
+
+    name: str
+    base: str
+    adapter: Path | None = None
+    adapter_config: PeftConfig | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path = Path("eval_results")
+
+    @property
+    def task_ids(self) -> dict[str, int]:
+        """The number under which the adapter knows each task, by name; empty if it does not name its tasks."""
+        names = getattr(self.adapter_config, "task_names", None) or []
+        return {name: i for i, name in enumerate(names)}
+
+
+def find_subject(name: str, base_model: str | None = None) -> Subject:
+    """Find out what `name` is.
+
+    Args:
+        name: a run directory (`config.json` with `best/` or `last/`), an adapter folder, or a model (folder, hub id).
+        base_model: the base model, where the recorded one has moved.
+
+    Raises:
+        UserError: a run without an adapter, a damaged file, or an adapter that does not name its base model.
+    """
+    folder = Path(name)
+    run = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    adapter = next((folder / slot for slot in SLOTS if (folder / slot / ADAPTER_CONFIG).is_file()), None)
+    if (folder / ADAPTER_CONFIG).is_file():
+        adapter = folder
+        above = folder.resolve().parent / "config.json"
+        run = _json(above) if above.is_file() else {}
+    if adapter is None:
+        if "model" in run and "model_type" not in run:
+            raise UserError(f"the run {folder} holds no adapter: no {ADAPTER_CONFIG} in {' or '.join(SLOTS)}; train it")
+        return Subject(name, base_model or name, folder=Path("eval_results", folder.resolve().name))
+    run = run if "model" in run and "model_type" not in run else {}
+    config = _adapter_config(adapter)
+    base = base_model or run.get("model") or config.base_model_name_or_path
+    if not base:
+        raise UserError(f"{adapter}/{ADAPTER_CONFIG} does not name its base model; give --base_model")
+    home = adapter.resolve().parent if run else adapter
+    return Subject(name, str(base), adapter, config, run, home / "eval")
+
+
+def load_text_model(
+    subject: Subject, *, dtype: str, device: str, max_source_length: int | None, max_target_length: int
+) -> TextModel:
+    """The model with its adapter, in evaluation mode.
+
+    Args:
+        subject: what to load.
+        dtype: `fp32`, `bf16` or `fp16`.
+        device: as torch names it.
+        max_source_length: most tokens of a prompt; None: 384, or as many as the model has positions for.
+        max_target_length: most tokens of an answer.
+
+    Raises:
+        UserError: what `more_ds.model` and `load_adapter` refuse.
+    """
+    recorded = subject.run if subject.base == subject.run.get("model") else {}
+    revision = recorded.get("revision")
+    config = read_model_config(subject.base, revision=revision)
+    further = 0 if config.is_encoder_decoder else max_target_length
+    if max_source_length is None:
+        room = getattr(config, "max_position_embeddings", None) or SOURCE_LENGTH + further
+        max_source_length = max(1, min(SOURCE_LENGTH, room - further))
+    check_model(config, dtype, max_source_length + further)
+    tokenizer = load_tokenizer(subject.base, revision=revision)
+    encoder = Encoder(
+        tokenizer,
+        is_encoder_decoder=config.is_encoder_decoder,
+        max_source_length=max_source_length,
+        max_target_length=max_target_length,
+    )
+    quantization = recorded.get("quantization", "none")
+    attention = recorded.get("attn_implementation")
+    model = load_base(
+        subject.base,
+        config,
+        dtype=dtype,
+        revision=revision,
+        quantization=quantization,
+        attn_implementation=attention,
+    )
+    if subject.adapter is not None:
+        model = load_adapter(model, subject.adapter)
+    if quantization == "none":
+        model.to(device)
+    model.eval()
+    return TextModel(model, encoder)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """Attach a saved adapter to its base model, and make sure that every tensor of it arrived.
+
+    PEFT only warns where tensors are missing or left over, and then scores what is in fact the base model.
+
+    Raises:
+        UserError: no weights, damaged weights, weights of another shape, missing or left-over tensors, or values
+            that are not finite.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"no {ADAPTER_WEIGHTS} in {folder}; only safetensors are read; save the adapter again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}; copy or save the adapter again") from error
+    broken = [key for key, value in saved.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} tensors are not finite, e.g. {broken[0]}; take another checkpoint")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing keys, which are an error below
+            adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the adapter {folder} does not fit the base model: {reason}; check --base_model") from error
+    _check_complete(adapted, saved, folder)
+    return adapted
+
+
+def _check_complete(model: PeftModel, saved: Mapping[str, torch.Tensor], folder: Path) -> None:
+    whole = model.state_dict()
+    expected = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    missing = sorted(set(expected) - set(saved))
+    # An embedding that was resized is saved under its own name beside the adapter.
+    unexpected = sorted(key for key in saved if key not in expected and key not in whole)
+    for what, keys in (("lacks", missing), ("holds", unexpected)):
+        if keys:
+            tail = "of this adapter" if what == "lacks" else "that the adapter does not have"
+            raise UserError(
+                f"the adapter {folder} {what} {len(keys)} tensors {tail}, e.g. {keys[0]}; it was saved incompletely "
+                "or from another base model; save it again, or check --base_model"
+            )
+
+
+def _adapter_config(folder: Path) -> PeftConfig:
+    _json(folder / ADAPTER_CONFIG)
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}/{ADAPTER_CONFIG} cannot be read: {reason}; save the adapter again") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON: {' '.join(str(error).split())}; restore it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; restore it")
+    return content

@@ -1,0 +1,168 @@
+"""Metrics over a whole corpus, in percent.
+
+Each is a pure function `fn(predictions, golds) -> float`; it never sees batches, does not depend on
+the order of the examples, never returns NaN, and prints nothing. A prediction of None is an answer
+that could not be read: wrong for a class, 0.0 for a graded score (as in MoRE's published code).
+scikit-learn, SciPy and sacreBLEU do the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median_low
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from sacrebleu.metrics import BLEU
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+if TYPE_CHECKING:
+    from more_ds.tasks.schema import Task
+
+Prediction = int | float | str | None
+Gold = int | float | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A corpus metric.
+
+    Attributes:
+        kinds: the kinds of task (`more_ds.tasks.schema.Task.kind`) it is defined for.
+        low, high: range of its values, in percent.
+    """
+
+    name: str
+    fn: Callable[[Sequence[Any], Sequence[Any]], float]
+    kinds: tuple[str, ...]
+    low: float = 0.0
+    high: float = 100.0
+    higher_is_better: bool = True
+
+
+def accuracy(predictions: Sequence[int | None], golds: Sequence[int]) -> float:
+    """Share of examples whose predicted index is the gold one."""
+    return 100.0 * float(accuracy_score(golds, _classes(predictions)))
+
+
+def f1(predictions: Sequence[int | None], golds: Sequence[int]) -> float:
+    """F1 of the positive class, index 1 (the GLUE convention for MRPC and QQP).
+
+    An unreadable answer counts as the class that is wrong, so that it costs precision as well.
+    """
+    pairs = zip(predictions, golds, strict=True)
+    found = [int(gold != 1 if p is None else p == 1) for p, gold in pairs]
+    positive = [int(gold == 1) for gold in golds]
+    return 100.0 * float(f1_score(positive, found, zero_division=0.0))
+
+
+def matthews(predictions: Sequence[int | None], golds: Sequence[int]) -> float:
+    """Matthews correlation; 0 when a side is constant. Unreadable answers are a class apart."""
+    if len(set(golds)) < 2 or len(set(predictions)) < 2:
+        return 0.0
+    return 100.0 * float(matthews_corrcoef(golds, _classes(predictions)))
+
+
+def pearson(predictions: Sequence[float | None], golds: Sequence[float]) -> float:
+    """Pearson correlation; 0 when either side is constant."""
+    return _correlation(pearsonr, predictions, golds)
+
+
+def spearman(predictions: Sequence[float | None], golds: Sequence[float]) -> float:
+    """Spearman rank correlation, ties averaged; 0 when either side is constant."""
+    return _correlation(spearmanr, predictions, golds)
+
+
+def exact_match(predictions: Sequence[str | None], golds: Sequence[tuple[str, ...]]) -> float:
+    """Share of texts equal to one of their references, surrounding white space aside."""
+    pairs = zip(predictions, golds, strict=True)
+    hits = [p is not None and p.strip() in {gold.strip() for gold in refs} for p, refs in pairs]
+    return 100.0 * sum(hits) / len(hits)
+
+
+def bleu(predictions: Sequence[str | None], golds: Sequence[tuple[str, ...]]) -> float:
+    """Corpus BLEU with all references: sacreBLEU, 13a tokenisation, lower case.
+
+    For E2E this is within 0.1 of the official script. Absent references are left out, unlike in
+    `multi-bleu.perl`, which counts them as references of length 0.
+    """
+    width = max(len(refs) for refs in golds)
+    streams = [[refs[i] if i < len(refs) else None for refs in golds] for i in range(width)]
+    score = BLEU(lowercase=True, tokenize="13a", force=True)
+    return float(score.corpus_score([p or "" for p in predictions], streams).score)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", accuracy, ("labels", "options")),
+        Metric("f1", f1, ("labels",)),
+        Metric("matthews", matthews, ("labels",), low=-100.0),
+        Metric("pearson", pearson, ("scale",), low=-100.0),
+        Metric("spearman", spearman, ("scale",), low=-100.0),
+        Metric("exact_match", exact_match, ("text",)),
+        Metric("bleu", bleu, ("text",)),
+    )
+}
+
+
+def evaluate_metrics(task: Task, predictions: Sequence[Prediction], golds: Sequence[Gold]) -> dict[str, float]:
+    """Return every metric of `task`, in percent, by name and in the task's order.
+
+    Args:
+        predictions: one per example: an option's index (`labels`, `options`), a score (`scale`), a
+            text (`text`), or None.
+        golds: as in `Example.gold`.
+
+    Raises:
+        ValueError: no examples, or not one prediction for each.
+    """
+    if not golds or len(predictions) != len(golds):
+        raise ValueError(f"{task.name}: {len(predictions)} predictions for {len(golds)} examples")
+    return {name: METRICS[name].fn(predictions, golds) for name in task.metrics}
+
+
+def majority_prediction(task: Task, train_golds: Sequence[Gold]) -> Prediction:
+    """Return the constant answer of the majority baseline.
+
+    The most frequent index (a tie goes to the lowest); the median of a graded score, whose
+    correlations are 0 as those of any constant; the most frequent reference of free text (a tie
+    goes to the first in alphabetical order).
+
+    Raises:
+        ValueError: no examples.
+    """
+    if not train_golds:
+        raise ValueError(f"{task.name}: no examples")
+    answers: list[Any] = []
+    for gold in train_golds:
+        answers += gold if isinstance(gold, tuple) else [gold]
+    if task.kind == "scale":
+        return float(median_low(answers))
+    counts = Counter(answers)
+    return cast(Prediction, min(counts, key=lambda answer: (-counts[answer], answer)))
+
+
+def majority_scores(task: Task, train_golds: Sequence[Gold], golds: Sequence[Gold]) -> dict[str, float]:
+    """Return the metrics of the majority baseline on `golds`, as `evaluate_metrics` does."""
+    return evaluate_metrics(task, [majority_prediction(task, train_golds)] * len(golds), golds)
+
+
+def _classes(predictions: Sequence[int | None]) -> list[int]:
+    return [-1 if p is None else p for p in predictions]
+
+
+def _correlation(fn: Callable[..., Any], predictions: Sequence[float | None], golds: Sequence[float]) -> float:
+    x = np.array([0.0 if p is None else p for p in predictions], dtype=np.float64)
+    y = np.array(golds, dtype=np.float64)
+    if np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nearly constant input
+        value = float(fn(x, y)[0])
+    return 100.0 * value if math.isfinite(value) else 0.0

@@ -1,0 +1,223 @@
+"""Everything about a run that can be known, and refused, before a weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from more_ds import demo
+from more_ds.config import RunConfig
+from more_ds.data import load_examples
+from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
+from more_ds.encoding import Encoder
+from more_ds.errors import UserError, suggest
+from more_ds.model import (
+    adapter_config,
+    attach,
+    check_model,
+    load_tokenizer,
+    parameters_by_kind,
+    read_model_config,
+)
+from more_ds.sampler import BalancedSampler
+from more_ds.tasks import Task, resolve_tasks
+from more_ds.tasks.render import Example, expand
+
+DEMO_MODELS = {"demo": "llama", "demo-t5": "t5"}
+"""Name of an embedded backbone -> its kind."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked.
+
+    Attributes:
+        config: the run's configuration, with the demo's name replaced by its folders.
+        dtype: `fp32`, `bf16` or `fp16`.
+        sizes: how a global batch is cut.
+        ds_config: what DeepSpeed gets.
+        tasks: the tasks; a task's index is its id.
+        train: training examples by task; one per reference.
+        validation: validation examples by task name.
+        test: test examples by split (`test`, and the further test splits of some tasks) and task name; empty if the
+            run does not test.
+        model_config: the base model's Hugging Face configuration.
+        encoder: text to token ids.
+        adapter: the method's PEFT configuration.
+        trainable: number of trainable parameters by kind.
+        frozen: number of frozen parameters.
+        maps: number of adapted maps by their last name.
+        sampler: the sampling plan.
+        total_steps: optimizer steps.
+        eval_steps: optimizer steps between evaluations.
+    """
+
+    config: RunConfig
+    dtype: str
+    sizes: BatchSizes
+    ds_config: dict[str, Any]
+    tasks: list[Task]
+    train: list[list[Example]]
+    validation: dict[str, list[Example]]
+    test: dict[str, dict[str, list[Example]]]
+    model_config: Any
+    encoder: Encoder
+    adapter: PeftConfig
+    trainable: dict[str, int]
+    frozen: int
+    maps: dict[str, int]
+    sampler: BalancedSampler
+    total_steps: int
+    eval_steps: int
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks in the order of their ids."""
+        return [task.name for task in self.tasks]
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return zero_stage(self.ds_config)
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the mixture."""
+        return self.total_steps / self.sampler.steps_per_epoch
+
+
+def make(
+    config: RunConfig,
+    *,
+    ds_config_path: str | None,
+    world: int,
+    on_gpu: bool,
+    group_size: int | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Check a run against its files, its model and its DeepSpeed configuration.
+
+    Args:
+        config: the run.
+        ds_config_path: DeepSpeed's JSON file, or None for ZeRO-0.
+        world: number of ranks.
+        on_gpu: whether they compute on GPUs.
+        group_size: examples that hold one task, of the run that is resumed; None: a micro-batch.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UserError: whatever is wrong with it.
+    """
+    sizes = batch_sizes(config, world)
+    dtype = config.dtype if config.dtype != "auto" else "bf16" if on_gpu else "fp32"
+    ds_config = resolve(ds_config_path, config, sizes, dtype)
+    config = _with_demo(config)
+    tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
+    _check_weights(config, tasks)
+    model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
+    check_model(model_config, dtype, config.max_source_length + config.max_target_length)
+    encoder = Encoder(
+        load_tokenizer(config.model, revision=config.revision, trust_remote_code=trust_remote_code),
+        is_encoder_decoder=model_config.is_encoder_decoder,
+        max_source_length=config.max_source_length,
+        max_target_length=config.max_target_length,
+    )
+    adapter = adapter_config(
+        config.method, config.adapter, [task.name for task in tasks], model_config.is_encoder_decoder
+    )
+    trainable, frozen, maps = _count(model_config, adapter, trust_remote_code)
+    train = [expand(_load(config, task, "train", config.train_limit)) for task in tasks]
+    validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
+    sampler = BalancedSampler(
+        [len(examples) for examples in train],
+        strategy=config.sampling,
+        scope=config.sampling_scope,
+        group_size=group_size or sizes.micro,
+        groups_per_step=sizes.total // (group_size or sizes.micro),
+        seed=config.seed,
+        temperature=config.sampling_temperature,
+        weights=[config.sampling_weights[task.name] for task in tasks] if config.sampling_weights else None,
+        names=[task.name for task in tasks],
+    )
+    total = config.max_steps or math.ceil(config.num_train_epochs * sampler.steps_per_epoch)
+    return Plan(
+        config=config,
+        dtype=dtype,
+        sizes=sizes,
+        ds_config=ds_config,
+        tasks=tasks,
+        train=train,
+        validation=validation,
+        test=_test_examples(config, tasks) if config.test else {},
+        model_config=model_config,
+        encoder=encoder,
+        adapter=adapter,
+        trainable=trainable,
+        frozen=frozen,
+        maps=maps,
+        sampler=sampler,
+        total_steps=total,
+        eval_steps=min(config.eval_steps or sampler.steps_per_epoch, total),
+    )
+
+
+def _with_demo(config: RunConfig) -> RunConfig:
+    """Put the demo's folders in the place of its names; they are made on first use."""
+    if config.model in DEMO_MODELS:
+        paths = demo.prepare(DEMO_MODELS[config.model])
+        config = replace(config, model=str(paths.model_dir))
+        if config.data_dir is None and "demo" in config.suite:
+            config = replace(config, data_dir=str(paths.data_dir))
+    if config.data_dir is None and "demo" in config.suite:
+        config = replace(config, data_dir=str(demo.prepare().data_dir))
+    return config
+
+
+def _check_weights(config: RunConfig, tasks: Sequence[Task]) -> None:
+    names = [task.name for task in tasks]
+    unknown = [f"'{name}'{suggest(name, names)}" for name in config.sampling_weights if name not in names]
+    missing = [name for name in names if name not in config.sampling_weights] if config.sampling_weights else []
+    if unknown or missing:
+        raise UserError(
+            f"sampling_weights needs one weight per task; unknown: {', '.join(unknown) or 'none'}; "
+            f"missing: {', '.join(missing) or 'none'}"
+        )
+
+
+def _load(config: RunConfig, task: Task, split: str, limit: int | None) -> list[Example]:
+    return load_examples(
+        task, split, data_dir=config.data_dir, limit=limit, seed=config.seed, plain=config.plain_prompts
+    )
+
+
+def _test_examples(config: RunConfig, tasks: Sequence[Task]) -> dict[str, dict[str, list[Example]]]:
+    splits = dict.fromkeys(split for task in tasks for split in ("test", *task.extra_tests))
+    return {
+        split: {
+            task.name: _load(config, task, split, config.eval_limit)
+            for task in tasks
+            if split == "test" or split in task.extra_tests
+        }
+        for split in splits
+    }
+
+
+def _count(
+    model_config: Any, adapter: PeftConfig, trust_remote_code: bool
+) -> tuple[dict[str, int], int, dict[str, int]]:
+    """Trainable parameters by kind, frozen parameters, and adapted maps by name, from shapes alone."""
+    auto = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+    with init_empty_weights(), torch.random.fork_rng():
+        model = attach(auto.from_config(model_config, trust_remote_code=trust_remote_code), adapter)
+    trainable = parameters_by_kind(model)
+    maps: dict[str, int] = {}
+    for name in model.base_model.targeted_module_names:
+        maps[name.rsplit(".", 1)[-1]] = maps.get(name.rsplit(".", 1)[-1], 0) + 1
+    return trainable, sum(p.numel() for p in model.parameters()) - sum(trainable.values()), maps

@@ -1,0 +1,191 @@
+"""A run under way: its parts, and what is done with them between the optimizer steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from more_ds import checkpoint, log, report
+from more_ds.checkpoint_files import base_identity, name_of
+from more_ds.engine import Ranks, gathered
+from more_ds.errors import UserError
+from more_ds.evaluate import evaluate
+from more_ds.mixture import Mixture
+from more_ds.model import TextModel
+from more_ds.plan import Plan
+from more_ds.results import TaskResult, mean_score, write_results
+from more_ds.run_folder import RunFolder, publish
+from more_ds.tasks import Task
+from more_ds.tasks.render import Example
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint says beside the weights.
+
+    Attributes:
+        step: optimizer steps taken.
+        best_score: best mean validation score so far, in percent.
+        best_step: the step it was reached at.
+        worse_in_a_row: evaluations since then.
+        scores: primary metric by title (`majority`, `untuned`, `best`) and task, in percent.
+        first_ranks: the ranks that the gates chose at the start, by adapted map.
+    """
+
+    step: int = 0
+    best_score: float | None = None
+    best_step: int = 0
+    worse_in_a_row: int = 0
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    first_ranks: dict[str, list[int]] = field(default_factory=dict)
+
+
+class Run:
+    """A run under way; every method is called by all ranks together."""
+
+    def __init__(self, plan: Plan, ranks: Ranks, folder: RunFolder, text_model: TextModel) -> None:
+        """Join the parts of a run; `text_model.module` is the DeepSpeed engine."""
+        self.plan, self.ranks, self.folder, self.text_model = plan, ranks, folder, text_model
+        self.engine = text_model.module
+        self.mixture = Mixture(plan.train, plan.sampler, plan.encoder, text_model.collator)
+        self.progress = Progress()
+        self.task_ids = {name: i for i, name in enumerate(plan.task_names)}
+        self.train_golds = {t.name: [e.gold for e in rows] for t, rows in zip(plan.tasks, plan.train, strict=True)}
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append a row to `metrics.jsonl`, and send its numbers to the monitors."""
+        step = self.progress.step
+        if self.ranks.rank == 0:
+            self.folder.log({"step": step, "epoch": round(step / self.plan.sampler.steps_per_epoch, 4), **row})
+        if self.engine.monitor.enabled:
+            self.engine.monitor.write_events([(name, value, step) for name, value in _numbers(row)])
+
+    def validate(self, untuned: bool = False) -> None:
+        """Score the validation splits, and note whether the adapter is the best so far."""
+        results = self._score(self.plan.tasks, self.plan.validation, "validation")
+        state, mean = self.progress, mean_score(results)
+        scores = {result.task: result.score for result in results}
+        state.scores["majority"] = {r.task: r.majority[r.primary] for r in results if r.majority is not None}
+        self.log({"mean_score": mean, "evaluation": {result.task: result.metrics for result in results}})
+        if untuned:
+            state.scores["untuned"] = scores
+        elif state.best_score is None or mean > state.best_score:
+            state.best_score, state.best_step, state.worse_in_a_row = mean, state.step, 0
+            state.scores["best"] = scores
+        else:
+            state.worse_in_a_row += 1
+        log.say(f"step {state.step}: mean validation score {mean:.2f}{' (untuned)' if untuned else ''}")
+        self.engine.train()
+
+    def save(self) -> None:
+        """Write a checkpoint, and its adapter as `last`, and as `best` if it is the best so far."""
+        state, config = self.progress, self.plan.config
+        self.plan.sampler.next_step = state.step
+        path = checkpoint.save(
+            self.folder.checkpoints,
+            self.engine,
+            state.step,
+            {"progress": asdict(state), "sampler": self.plan.sampler.state_dict(), "base": self._base()},
+            keep=config.save_total_limit,
+            protect=[self._checkpoint(state.best_step)],
+        )
+        if self.ranks.rank == 0:
+            publish(path, self.folder.last)
+            if state.best_step == state.step:
+                publish(path, self.folder.best)
+        self.ranks.barrier()
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: it is damaged, or of another model or sampling plan.
+        """
+        state = checkpoint.load(path, self.engine)
+        if state["base"]["sha256"] != self._base()["sha256"]:
+            raise UserError(f"{path} was trained on another base model, {state['base']}; this one is {self._base()}")
+        self.progress = Progress(**state["progress"])
+        self.plan.sampler.load_state_dict(state["sampler"])
+        if self.ranks.rank == 0:
+            self.folder.forget_after(self.progress.step)
+        self.ranks.barrier()
+        log.say(f"resumed from {path}, step {self.progress.step}")
+
+    def finish(self) -> None:
+        """Score the best adapter on the test splits, and show what came out."""
+        state, folder = self.progress, self.folder
+        if state.best_step not in (0, state.step):
+            checkpoint.load(self._checkpoint(state.best_step), self.engine)
+        columns = {title: dict(state.scores[title]) for title in ("majority", "untuned", "best") if title in state.scores}
+        metrics = {task.name: task.primary for task in self.plan.tasks}
+        results: list[TaskResult] = []
+        for split, examples in self.plan.test.items():
+            part = self._score([task for task in self.plan.tasks if task.name in examples], examples, split)
+            for result in part:
+                name = result.task if split == "test" else f"{result.task}/{split}"
+                columns.setdefault("test", {})[name] = result.score
+                metrics[name] = result.primary
+            results += part
+        chosen = self.chosen_ranks()
+        if self.ranks.rank == 0:
+            if results:
+                write_results(folder.path / "eval" / "test", results, {"step": state.best_step, "mode": results[0].mode})
+            if chosen:
+                table = {name: dict(zip(self.plan.task_names, c.tolist(), strict=True)) for name, c in chosen.items()}
+                (folder.path / "ranks.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        log.say("\n" + report.scores(list(metrics), metrics, columns))
+        if chosen:
+            before = {name: torch.tensor(first) for name, first in state.first_ranks.items()}
+            log.say("\n" + report.rank_table(chosen, self.plan.task_names, before))
+        self._say_what_was_cut()
+        log.say(f"\nbest adapter (step {state.best_step}): {folder.best}\nscore it again: python eval/run.py {folder.path}")
+
+    def chosen_ranks(self) -> dict[str, Tensor]:
+        """The ranks that the gates choose now, (tasks,) by adapted map; empty for a method without them."""
+        tuner = getattr(self.text_model.peft, "base_model", None)
+        if not hasattr(type(tuner), "ranks"):
+            return {}
+        with gathered(p for p in self.text_model.peft.parameters() if p.requires_grad):
+            return {name: chosen.cpu() for name, chosen in tuner.ranks().items()}  # type: ignore[union-attr]
+
+    def _score(self, tasks: Sequence[Task], examples: Mapping[str, Sequence[Example]], split: str) -> list[TaskResult]:
+        return evaluate(
+            self.text_model,
+            tasks,
+            examples,
+            task_ids=self.task_ids,
+            batch_size=self.plan.config.per_device_eval_batch_size,
+            mode=self.plan.config.eval_mode,
+            split=split,
+            train_golds=self.train_golds,
+            label=f"scoring {split}",
+        )
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder.checkpoints / name_of(step)
+
+    def _base(self) -> dict[str, Any]:
+        return base_identity(self.plan.config.model, self.plan.config.revision)
+
+    def _say_what_was_cut(self) -> None:
+        encoder = self.plan.encoder
+        if encoder.num_cut:
+            share = 100 * encoder.num_cut / encoder.num_prompts
+            log.say(f"\n{share:.1f} % of the prompts were longer than max_source_length={encoder.max_source_length}; cut")
+
+
+def _numbers(row: Mapping[str, Any], prefix: str = "train") -> list[tuple[str, float]]:
+    """The numbers of a nested row, with their path as name."""
+    found: list[tuple[str, float]] = []
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}/{key}")
+        elif isinstance(value, (int, float)):
+            found.append((f"{prefix}/{key}", float(value)))
+    return found

@@ -1,0 +1,138 @@
+"""What the adapted layers of one model need to know of the batch that is running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from more_ds.numerics import at_least_float32
+
+SOURCE = "source"
+TARGET = "target"
+
+
+class TaskContext:
+    """The tasks and prompt masks of the current batch, shared by all adapted layers of one model.
+
+    A plain object, one per model: not a module (nothing of it is saved), not a module global (two models may live in
+    one process), and not a scoped hook: it keeps its values until the next batch begins, because activation
+    checkpointing runs the layers again in the backward pass, long after the forward call has returned.
+    """
+
+    def __init__(self) -> None:
+        self.task_ids: Tensor | None = None
+        self.default_task: int | None = None
+        self.merged_task: int | None = None
+        self._masks: dict[str, Tensor | None] = {}
+        self._pool_weights: dict[tuple[str, str], Tensor] = {}
+        self._terms: dict[str, dict[str, Tensor]] = {}
+        self._held: dict[tuple[str, str], Tensor] = {}
+        self._projections: dict[tuple[int, int, int, torch.device], Tensor] = {}
+        self._recording = False
+        self.losses: dict[str, Tensor] = {}
+        self.decoding = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies start between batches: the tensors of a batch belong to the graph of the original."""
+        fresh = TaskContext()
+        fresh.default_task, fresh.merged_task = self.default_task, self.merged_task
+        return fresh.__dict__
+
+    def begin(
+        self, task_ids: Tensor | None, source: Tensor | None, target: Tensor | None, decoding: bool = False
+    ) -> None:
+        """Start a batch.
+
+        Args:
+            task_ids: (batch,) task of every example, or None to use the default task.
+            source: (batch, length) 1 where a token of the prompt stands, or None if every position counts.
+            target: (batch, length) the same for the decoder of an encoder-decoder model.
+            decoding: many forward passes follow, which generate; values that were held stay what they are.
+        """
+        self.task_ids = task_ids
+        self._masks = {SOURCE: source, TARGET: target}
+        self._pool_weights.clear()
+        self._terms.clear()
+        self._held.clear()
+        self.losses.clear()
+        self._recording = True
+        self.decoding = decoding
+
+    def rows(self, num_tasks: int, device: torch.device) -> Tensor:
+        """The task of every example, (batch,) or (1,) where one default task serves the whole batch.
+
+        Raises:
+            ValueError: several tasks are known, and the batch does not say which it holds.
+        """
+        if self.task_ids is not None:
+            return self.task_ids.to(device)
+        if self.default_task is not None or num_tasks == 1:
+            return torch.full((1,), self.default_task or 0, dtype=torch.long, device=device)
+        raise ValueError(
+            f"the adapter knows {num_tasks} tasks and the batch does not say which one it holds; pass task_ids "
+            "(one per example), or call set_task(task) once"
+        )
+
+    def pool(self, x: Tensor, role: str, how: str) -> Tensor:
+        """Pool (batch, length, width) over the prompt's real tokens to (batch, width).
+
+        `how` is `mean`, `first` or `last`; `role` says which of the two masks belongs to `x`. Without a mask of
+        that length every position counts. Beams repeat their example's mask.
+        """
+        mask = self._masks.get(role)
+        if x.dim() != 3 or mask is None or mask.shape[1] != x.shape[1]:
+            rows = x if x.dim() == 3 else x.unsqueeze(1)
+            return {"mean": rows.mean(1), "first": rows[:, 0], "last": rows[:, -1]}[how]
+        key = (role, how)
+        if key not in self._pool_weights:
+            self._pool_weights[key] = _pool_weights(at_least_float32(mask.to(x.dtype)), how)
+        weights = self._pool_weights[key].to(dtype=x.dtype, device=x.device)
+        return torch.bmm(repeat_rows(weights, len(x)).unsqueeze(1), x).squeeze(1)
+
+    def hold(self, layer: str, adapter: str, value: Tensor) -> None:
+        """Keep a layer's value for the later steps, if this batch is being decoded."""
+        if self.decoding:
+            self._held[(layer, adapter)] = value
+
+    def held(self, layer: str, adapter: str) -> Tensor | None:
+        """The value kept by `hold` in this batch, or None."""
+        return self._held.get((layer, adapter))
+
+    def record(self, layer: str, adapter: str, term: Tensor) -> None:
+        """Note a layer's auxiliary loss; the recomputation of a checkpointed layer is not counted again."""
+        if self._recording:
+            self._terms.setdefault(adapter, {})[layer] = term
+
+    def collect(self) -> dict[str, Tensor]:
+        """End the forward pass: the mean of the recorded terms over the layers, by adapter."""
+        self._recording = False
+        means = {name: torch.stack(list(terms.values())).mean() for name, terms in self._terms.items()}
+        self._terms.clear()
+        return means
+
+    def project(self, z: Tensor, width: int, seed: int) -> Tensor:
+        """Map (batch, d) to (batch, width) by a fixed Gaussian matrix that depends on (d, width, seed) alone."""
+        if z.shape[-1] == width:
+            return z
+        key = (z.shape[-1], width, seed, z.device)
+        if key not in self._projections:
+            generator = torch.Generator().manual_seed(seed)
+            matrix = torch.randn(z.shape[-1], width, generator=generator) / width**0.5
+            self._projections[key] = matrix.to(z.device)
+        return z @ self._projections[key].to(z.dtype)
+
+
+def repeat_rows(rows: Tensor, count: int) -> Tensor:
+    """Rows of examples for `count` rows of a layer: beams and flattened tokens repeat their example's row."""
+    return rows.expand(count, *rows.shape[1:]) if len(rows) == 1 else rows.repeat_interleave(count // len(rows), dim=0)
+
+
+def _pool_weights(real: Tensor, how: str) -> Tensor:
+    """(batch, length) weights which sum to one over the real tokens of a row (to zero in an empty row)."""
+    if how == "mean":
+        return real / real.sum(1, keepdim=True).clamp(min=1)
+    position = real.cumsum(1)
+    wanted = torch.ones_like(position[:, :1]) if how == "first" else position[:, -1:]
+    return real * (position == wanted)

@@ -1,0 +1,286 @@
+"""One adapted linear map of MoRE."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from more_ds.losses import contrastive_loss
+from more_ds.numerics import at_least_float32
+from more_ds.tuners.base import add_to_base, restore_base
+from more_ds.tuners.context import TARGET, TaskContext, repeat_rows
+from more_ds.tuners.more.config import MoreConfig
+
+
+def expert_table(r: int, num_tasks: int, scale: str, experts: str, seed: int) -> Tensor:
+    """What each expert multiplies the r components by: row k-1 is c(k) on the components of expert k.
+
+    Returns:
+        (r, r) float64, without alpha / r.
+    """
+    if experts == "prefix":
+        members = torch.tril(torch.ones(r, r, dtype=torch.float64))
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        members = torch.stack([(torch.randperm(r, generator=generator) < k).double() for k in range(1, r + 1)])
+    size = torch.arange(1, r + 1, dtype=torch.float64)
+    if scale == "rank":
+        return members * (size / num_tasks).unsqueeze(1)
+    return members * (size / r) ** 2 if scale == "component" else members
+
+
+@functools.lru_cache(maxsize=64)
+def _scaled_table(
+    sizes: tuple[int, int, str, str, int], scaling: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    return (expert_table(*sizes) * scaling).to(device, dtype)
+
+
+class Gate(nn.Linear):
+    """W_g e + b_g in float32 whatever the parameters' type and autocast say: in bfloat16, ties flip ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, h) to the (rows, r) logits, float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(*map(at_least_float32, (x, self.weight, self.bias)))
+
+
+class MoreLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear map with one MoRE pair per adapter. All parameters belong to submodules that forward calls.
+
+    PEFT's `all-linear` knows an adapted layer by the `Linear` in its class name.
+    """
+
+    adapter_layer_names = ("more_A", "more_B", "more_gate", "more_task")
+    other_param_names = ("more_ranks", "more_dropout", "configs", "stale")
+
+    def __init__(self, base_layer: nn.Module, context: TaskContext, role: str, key: str) -> None:
+        """Wrap `base_layer`.
+
+        Args:
+            base_layer: `nn.Linear`, GPT-2's `Conv1D`, or a quantised linear layer that PEFT knows.
+            context: the model's task context.
+            role: which sequence the map reads: `source` (prompt) or `target` (an encoder-decoder's decoder).
+            key: name of the map in the model.
+        """
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.context, self.role, self.key = context, role, key
+        self.configs: dict[str, MoreConfig] = {}
+        self.stale: dict[str, bool] = {}
+        self.more_A, self.more_B = nn.ModuleDict(), nn.ModuleDict()
+        self.more_gate, self.more_task = nn.ModuleDict(), nn.ModuleDict()
+        self.more_dropout = nn.ModuleDict()
+        self.more_ranks = BufferDict({}, persistent=True)
+        self.merged_adapters: list[str] = []
+        self._memory: list[Any] = []
+        self._disable_adapters = False
+        self.frozen_peft_weight_names = {}
+        self.register_state_dict_pre_hook(MoreLinear._refresh_before_saving)
+
+    def update_layer(self, adapter_name: str, config: MoreConfig) -> None:
+        """Add an adapter."""
+        width = config.task_dim or self.in_features
+        self.configs[adapter_name] = config
+        self.more_A[adapter_name] = nn.Linear(self.in_features, config.r, bias=False)
+        self.more_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False)
+        self.more_gate[adapter_name] = Gate(width, config.r)
+        self.more_task[adapter_name] = nn.Embedding(config.num_tasks, width)
+        self.more_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        self.more_ranks[adapter_name] = torch.ones(config.num_tasks, dtype=torch.long)
+        self.stale[adapter_name] = True
+        self.reset_parameters(adapter_name)
+        frozen = ["more_gate"] if config.gate == "frozen" else []
+        if (config.gate == "frozen" or config.gate_input == "pooled") and not self._contrasts(config):
+            frozen.append("more_task")
+        if frozen:
+            self.frozen_peft_weight_names[adapter_name] = tuple(frozen)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        # Only now: a gate that was rounded to the base's type may choose other ranks than before.
+        self._refresh(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_parameters(self, name: str) -> None:
+        """Initialise: A, E and W_g Kaiming-uniform (a = sqrt 5), b_g zero, B zero (or as A, `init_weights=False`)."""
+        if self.more_A[name].weight.is_meta:
+            return
+        for module in (self.more_A[name], self.more_task[name], self.more_gate[name]):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.more_gate[name].bias)
+        if self.configs[name].init_weights:
+            nn.init.zeros_(self.more_B[name].weight)
+        else:
+            nn.init.kaiming_uniform_(self.more_B[name].weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(batch, ..., in) to (batch, ..., out): the base map plus the active adapters' updates."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            if name in self.more_A:
+                result = result + self._update(name, x).to(result.dtype)
+        return result
+
+    def _update(self, name: str, x: Tensor) -> Tensor:
+        config = self.configs[name]
+        x = self._cast_input_dtype(x, self.more_A[name].weight.dtype)
+        embeddings = self._embeddings(name, x.device)
+        if config.gate_input == "pooled":
+            weights = self._weights_of_examples(name, x)
+        else:
+            rows = self.context.rows(config.num_tasks, x.device)
+            weights = self._weights_of_tasks(name, embeddings).index_select(0, rows)
+        if self.training and self._contrasts(config):
+            pooled = self._pooled(name, x, config.pooling)
+            rows = repeat_rows(self.context.rows(config.num_tasks, x.device), len(pooled))
+            term = contrastive_loss(pooled, embeddings, rows, config.temperature)
+            self.context.record(self.key, name, term)
+        weights = repeat_rows(weights, x.shape[0])
+        weights = weights.view(weights.shape[0], *[1] * (x.dim() - 2), -1)
+        hidden = self.more_A[name](self.more_dropout[name](x))
+        return self.more_B[name](hidden * weights.to(hidden.dtype))
+
+    def _embeddings(self, name: str, device: torch.device) -> Tensor:
+        """E, (tasks, h), read through its module: under ZeRO-3 a raw parameter may not be there."""
+        every_task = torch.arange(self.configs[name].num_tasks, device=device)
+        return self.more_task[name](every_task)
+
+    def _weights_of_tasks(self, name: str, embeddings: Tensor) -> Tensor:
+        """v times alpha / r for every task, (tasks, r) float32; notes the ranks while training."""
+        config = self.configs[name]
+        if config.gate == "soft" or (config.gate == "ste" and (self.training or self.stale[name])):
+            p = torch.softmax(self.more_gate[name](embeddings), dim=-1)
+            with torch.no_grad():
+                self.more_ranks[name].copy_(p.argmax(-1) + 1)
+            # The optimizer moves the gate after a training forward, so the table is behind until it is read again.
+            self.stale[name] = self.training
+            if config.gate == "soft":
+                return p @ self._table(name, p)
+            if self.training:
+                return self._straight_through(name, p)
+        elif config.gate == "frozen" and self.stale[name]:
+            p = torch.softmax(self.more_gate[name](embeddings), dim=-1)
+            self.more_ranks[name].copy_(p.argmax(-1) + 1)
+            self.stale[name] = False
+        return self._table(name, at_least_float32(embeddings)).index_select(0, self.more_ranks[name] - 1)
+
+    def _weights_of_examples(self, name: str, x: Tensor) -> Tensor:
+        """The same, gated by each example's own prompt: (batch, r). Decoding steps keep what the prompt chose.
+
+        A decoder beside an encoder pools its first position alone: the later ones are the answer.
+        """
+        held = self.context.held(self.key, name)
+        if held is not None:
+            return held
+        config = self.configs[name]
+        pooled = self._pooled(name, x, "first" if self.role == TARGET else config.pooling)
+        p = torch.softmax(self.more_gate[name](pooled), dim=-1)
+        if config.gate == "soft":
+            weights = p @ self._table(name, p)
+        elif config.gate == "ste":
+            weights = self._straight_through(name, p)
+        else:
+            weights = self._table(name, p).index_select(0, p.argmax(-1))
+        self.context.hold(self.key, name, weights)
+        return weights
+
+    def _pooled(self, name: str, x: Tensor, how: str) -> Tensor:
+        """`x` pooled over the prompt, in the width of the task embeddings: (batch, h) float32."""
+        config = self.configs[name]
+        pooled = at_least_float32(self.context.pool(x, self.role, how))
+        return self.context.project(pooled, config.task_dim or self.in_features, config.seed)
+
+    def _straight_through(self, name: str, p: Tensor) -> Tensor:
+        """s[r_t] * c * 1[component of expert r_t], (rows, r): the forward is hard, the gradient goes to p[r_t]."""
+        chosen = p.argmax(-1, keepdim=True)
+        onehot = torch.zeros_like(p).scatter_(1, chosen, 1.0)
+        selected = (p + (onehot - p).detach()).gather(1, chosen)
+        return selected * self._table(name, p).index_select(0, chosen.squeeze(1))
+
+    def _table(self, name: str, like: Tensor) -> Tensor:
+        """The expert table times alpha / r, (r, r), on the device and in the type of `like`."""
+        config = self.configs[name]
+        sizes = (config.r, config.num_tasks, config.scale, config.experts, config.seed)
+        return _scaled_table(sizes, config.lora_alpha / config.r, like.device, like.dtype)
+
+    def _contrasts(self, config: MoreConfig) -> bool:
+        compared = config.contrastive_maps == "all" or "encoder" in self.key.split(".")
+        return config.contrastive_weight > 0 and compared
+
+    @torch.no_grad()
+    def _refresh(self, name: str) -> None:
+        """Bring the task-to-rank table up to the gate's present parameters, if they are whole on this rank."""
+        gate, task = self.more_gate[name], self.more_task[name]
+        if gate.weight.numel() == 0 or task.weight.numel() == 0 or gate.weight.is_meta:
+            return
+        p = torch.softmax(F.linear(*map(at_least_float32, (task.weight, gate.weight, gate.bias))), dim=-1)
+        self.more_ranks[name].copy_(p.argmax(-1) + 1)
+        self.stale[name] = False
+
+    def ranks(self, name: str) -> Tensor:
+        """The task-to-rank table of an adapter, (tasks,) from 1 to r."""
+        if self.stale[name]:
+            self._refresh(name)
+        return self.more_ranks[name]
+
+    @staticmethod
+    def _refresh_before_saving(layer: MoreLinear, prefix: str, keep_vars: bool) -> None:
+        for name in layer.more_ranks:
+            layer.ranks(name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in self.stale:
+            # A loaded table is what the run trained with, even where a gate rounded to another type says otherwise.
+            self.stale[name] = self.stale[name] and f"{prefix}more_ranks.{name}" not in state_dict
+
+    def get_delta_weight(self, adapter: str, task: int) -> Tensor:
+        """B diag(v) A of one task, (out, in) float32.
+
+        Raises:
+            ValueError: the adapter gates on the input, so that no single matrix describes a task.
+        """
+        config = self.configs[adapter]
+        if config.gate_input == "pooled":
+            raise ValueError("gate_input='pooled' chooses the rank by example; such an adapter cannot be merged")
+        if not 0 <= task < config.num_tasks:
+            raise ValueError(f"task {task} is out of range; the adapter knows tasks 0 to {config.num_tasks - 1}")
+        table = self._table(adapter, at_least_float32(self.more_A[adapter].weight))
+        if config.gate == "soft":
+            gate, embedding = self.more_gate[adapter], self.more_task[adapter].weight[task : task + 1]
+            weights = torch.softmax(gate(embedding), dim=-1) @ table
+        else:
+            weights = table[self.ranks(adapter)[task] - 1]
+        return (at_least_float32(self.more_B[adapter].weight) * weights) @ at_least_float32(self.more_A[adapter].weight)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the update of the context's merge task to the base weight, in float32."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.more_A:
+                task = self.context.merged_task
+                self._memory.append(add_to_base(self, self.get_delta_weight(name, task), safe_merge))
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the base weight back, to the bit."""
+        while self.merged_adapters:
+            self.merged_adapters.pop()
+            restore_base(self, self._memory.pop())
+        self.context.merged_task = None
+
+    def __repr__(self) -> str:
+        return "more." + super().__repr__()

@@ -1,0 +1,43 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from more_ds.log import quiet_libraries
+
+quiet_libraries()
+torch.set_num_threads(1)
+
+
+def _folder(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value or not Path(value).is_dir():
+        pytest.skip(f"{variable} does not name a folder")
+    return Path(value)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real benchmark data (`MORE_DS_DATA`)."""
+    return _folder("MORE_DS_DATA")
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """The folder with small real checkpoints (`MORE_DS_MODELS`)."""
+    return _folder("MORE_DS_MODELS")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
