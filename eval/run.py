@@ -1,7 +1,7 @@
 """Score a run directory, an adapter folder or a plain model on tasks.
 
-    python eval/run.py RUN [--suite glue] [--tasks cola,rte] [--split test] [--mode both] [--limit 100]
-    torchrun --nproc_per_node 4 eval/run.py RUN        # the same numbers, on four processes
+Alone: `python eval/run.py RUN [--suite glue] [--tasks cola,rte] [--split test] [--mode both] [--limit 100]`, or with
+the same numbers on several processes: `deepspeed eval/run.py RUN`, `torchrun --nproc_per_node 4 eval/run.py RUN`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from more_ds import cli, demo, log
 from more_ds.data import load_examples
+from more_ds.demo.tokenizer import Kind
 from more_ds.errors import UserError, suggest
 from more_ds.evaluate import check_known, evaluate
 from more_ds.loading import Subject, find_subject, load_text_model
@@ -33,7 +34,7 @@ from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example
 
 MODES = {LIKELIHOOD: (LIKELIHOOD,), GENERATION: (GENERATION,), "both": (LIKELIHOOD, GENERATION)}
-DEMO_MODELS = {"demo": "llama", "demo-t5": "t5"}
+DEMO_MODELS: dict[str, Kind] = {"demo": "llama", "demo-t5": "t5"}
 TRAIN_ROWS = 10_000
 """At most this many training rows of a task decide which answer is the majority's."""
 RESAMPLES = 200
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num_beams", type=_positive, default=1, help="of generation; 1 is greedy")
     add("--batch_size", type=_positive, default=32, help="examples per batch and process")
     add("--plain_prompts", action="store_true", help="the tasks' second, plain prompts; default: as in the run")
-    add("--max_source_length", type=_positive, help="most tokens of a prompt; default: the run's, else 384, or what fits")
+    add("--max_source_length", type=_positive, help="most tokens of a prompt; default: the run's, else up to 384")
     add("--max_target_length", type=_positive, help="most tokens of an answer; default: the run's, else 128")
     add("--as_task", help="the task that the adapter is to take every example for")
     add("--base_model", help="base model of an adapter, where the recorded one has moved")
@@ -226,15 +227,8 @@ def _data_dir(arguments: argparse.Namespace, run: Mapping[str, Any], task: Task)
 
 
 def _demo_model(name: str) -> str:
-    """The folder of the embedded backbone for its name; any other name as it is. Rank 0 makes what is missing."""
-    if name not in DEMO_MODELS:
-        return name
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()
-    path = str(demo.prepare(DEMO_MODELS[name]).model_dir)
-    if dist.is_initialized() and dist.get_rank() == 0:
-        dist.barrier()
-    return path
+    """The folder of the embedded backbone for its name; any other name as it is."""
+    return str(demo.prepare(DEMO_MODELS[name]).model_dir) if name in DEMO_MODELS else name
 
 
 def _evaluate(arguments: argparse.Namespace, plan: _Plan, text_model: TextModel) -> list[TaskResult]:

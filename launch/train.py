@@ -21,12 +21,13 @@ from more_ds import log
 log.quiet_libraries()
 
 import torch
+from torch import Tensor
 
 from more_ds import cli, plan, report
 from more_ds.checkpoint_files import read_state
 from more_ds.config import build, read_recipe
 from more_ds.ds_config import with_monitors
-from more_ds.engine import Ranks, learning_rate, set_learning_rate, shard_while_loading, start
+from more_ds.engine import Ranks, learning_rate, set_learning_rate, shard_while_loading, start, step
 from more_ds.ledger import Ledger
 from more_ds.losses import label_nll
 from more_ds.mixture import MicroBatch
@@ -115,7 +116,7 @@ def loop(run: Run) -> None:
         while state.step < total:
             rate = learning_rate(config, state.step, total)
             set_learning_rate(run.engine, rate)
-            take_step(run, ledger)
+            norm = take_step(run, ledger)
             state.step += 1
             evaluates = state.step == total or state.step % run.plan.eval_steps == 0
             saves = evaluates or (config.save_steps is not None and state.step % config.save_steps == 0)
@@ -123,7 +124,7 @@ def loop(run: Run) -> None:
             if saves or state.step % config.logging_steps == 0:
                 row = ledger.close()
                 note = f"loss {row['loss_lm']:.3f}"
-                run.log({"learning_rate": rate, "grad_norm": float(run.engine.get_global_grad_norm()), **row})
+                run.log({"learning_rate": rate, "grad_norm": float(norm), **row})
             bar.advance(1, note)
             if evaluates:
                 run.validate()
@@ -134,25 +135,28 @@ def loop(run: Run) -> None:
                 break
 
 
-def take_step(run: Run, ledger: Ledger) -> None:
-    """Take one optimizer step.
+def take_step(run: Run, ledger: Ledger) -> Tensor:
+    """Take one optimizer step; returns the gradient's norm before clipping.
 
     The loss is the mean over the label tokens of the whole global batch, however that is split over ranks and
     accumulation steps: DeepSpeed averages over both, so each micro-batch's sum is scaled by their number. A method's
     own loss is a mean over the examples of equal micro-batches, and needs no scaling.
     """
-    sizes, step = run.plan.sizes, run.progress.step
-    batches = run.mixture.micro_batches(step, rank=run.ranks.rank, world=sizes.world, accumulation=sizes.accumulation)
+    sizes, number = run.plan.sizes, run.progress.step
+    batches = run.mixture.micro_batches(number, rank=run.ranks.rank, world=sizes.world, accumulation=sizes.accumulation)
     tokens = run.ranks.sum(torch.tensor(float(sum(batch.label_tokens for batch in batches))))
+    norm: Tensor | None = None
     for batch in batches:
-        seed_micro_batch(run.plan.config.seed, step, batch)
+        seed_micro_batch(run.plan.config.seed, number, batch)
         tensors = {name: tensor.to(run.ranks.device) for name, tensor in batch.tensors.items()}
         nll, _ = label_nll(run.text_model.label_logits(tensors), tensors["labels"])
         loss = nll.sum() * (sizes.world * sizes.accumulation / tokens)
         auxiliary = run.text_model.auxiliary_loss()
         run.engine.backward(loss if auxiliary is None else loss + auxiliary)
-        run.engine.step()
-        ledger.add(step, batch, nll.sum(), auxiliary)
+        norm = step(run.engine)
+        ledger.add(number, batch, nll.sum(), auxiliary)
+    assert norm is not None, "a step ended without its last micro-batch"
+    return norm
 
 
 def seed_micro_batch(seed: int, step: int, batch: MicroBatch) -> None:

@@ -138,6 +138,21 @@ def set_learning_rate(engine: Any, value: float) -> None:
         group["lr"] = value
 
 
+def step(engine: Any) -> Tensor | None:
+    """End a micro-batch; at the end of the global batch clip, move the parameters, and return the gradient's norm.
+
+    The norm is that before clipping, over all ranks; None in the middle of a global batch.
+    """
+    last = engine.is_gradient_accumulation_boundary()
+    norm = None
+    if last and engine.zero_optimization_stage() == 0:
+        # Without ZeRO, DeepSpeed clips and keeps the norm to itself.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    known = engine.get_global_grad_norm()
+    return None if not last else norm if known is None else torch.as_tensor(known)
+
+
 def gathered(parameters: Iterable[nn.Parameter]) -> Any:
     """Context in which parameters that ZeRO-3 has partitioned are whole on every rank; all ranks must enter it."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]

@@ -92,7 +92,7 @@ def bleu(predictions: Sequence[str | None], golds: Sequence[tuple[str, ...]]) ->
     `multi-bleu.perl`, which counts them as references of length 0.
     """
     width = max(len(refs) for refs in golds)
-    streams = [[refs[i] if i < len(refs) else None for refs in golds] for i in range(width)]
+    streams: Any = [[refs[i] if i < len(refs) else None for refs in golds] for i in range(width)]
     score = BLEU(lowercase=True, tokenize="13a", force=True)
     return float(score.corpus_score([p or "" for p in predictions], streams).score)
 

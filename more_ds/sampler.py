@@ -153,9 +153,7 @@ class BalancedSampler:
             # Twelve digits: the last bits of exp() differ between machines' math libraries.
             rates = [float(f"{share:.12g}") for share in self.shares]
         self._sequence = TaskSequence(rates, seed)
-        self._passes = [
-            Passes(size, task, seed, per_epoch[task]) for task, size in enumerate(self.sizes)
-        ]
+        self._passes = [Passes(size, task, seed, per_epoch[task]) for task, size in enumerate(self.sizes)]
 
     def step(self, step: int) -> StepPlan:
         """The global batch of optimizer step `step`, counted from 0; the cost does not grow."""
@@ -179,9 +177,7 @@ class BalancedSampler:
         tasks.flags.writeable = indices.flags.writeable = False
         return StepPlan(tasks, indices)
 
-    def micro_batches(
-        self, step: int, *, rank: int, world_size: int, accumulation: int
-    ) -> list[tuple[int, IntArray]]:
+    def micro_batches(self, step: int, *, rank: int, world_size: int, accumulation: int) -> list[tuple[int, IntArray]]:
         """This rank's (task, indices) of `step`, one for each accumulation slot, all equally long.
 
         The global batch is cut into world_size * accumulation equal pieces; piece j belongs to slot
@@ -223,9 +219,7 @@ class BalancedSampler:
         """What the first `num_steps` steps do with each task, for the printed plan."""
         samples = self._samples_before(num_steps).tolist()
         rows = zip(self.names, self.sizes, self.shares.tolist(), samples, strict=True)
-        return [
-            TaskSummary(name, size, share, seen, seen / size) for name, size, share, seen in rows
-        ]
+        return [TaskSummary(name, size, share, seen, seen / size) for name, size, share, seen in rows]
 
     def _samples_before(self, step: int) -> IntArray:
         return self._sequence.before(step * self._step_units) * self._unit

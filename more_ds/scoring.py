@@ -73,10 +73,12 @@ def rank_options(
     with _evaluating(text_model):
         rows = [i for i, own in enumerate(options) for _ in own]
         flat = [option for own in options for option in own]
+        # Options of like length run together, so that short ones are not padded to the longest.
+        order = sorted(range(len(flat)), key=lambda j: -len(flat[j]))
         size = ROWS_PER_PROMPT * len(prompts)
-        chunks = [range(at, min(at + size, len(flat))) for at in range(0, len(flat), size)]
+        chunks = [order[at : at + size] for at in range(0, len(order), size)]
         prefix = _prefill(text_model, prompts, task_ids) if _shares_prompts(text_model) else None
-        scores: list[float] = []
+        scores: dict[int, float] = {}
         passes = _agree(text_model, len(chunks))
         for i in range(passes):
             chunk = chunks[i] if i < len(chunks) else chunks[0]
@@ -87,9 +89,9 @@ def rank_options(
             else:
                 nll, count = _cached_nll(text_model, prefix, chosen, answers, last=i == passes - 1)
             if i < len(chunks):
-                scores += (-nll / count if normalise else -nll).tolist()
-    remaining = iter(scores)
-    return [[next(remaining) for _ in own] for own in options]
+                scores.update(zip(chunk, (-nll / count if normalise else -nll).tolist(), strict=True))
+    numbers = iter(range(len(flat)))
+    return [[scores[next(numbers)] for _ in own] for own in options]
 
 
 def generate(

@@ -47,8 +47,7 @@ def task_probabilities(
     if (weights is not None) != (strategy == "weights"):
         found = "no weights" if weights is None else f"{len(weights)} weights"
         raise UserError(
-            f"weights go with strategy 'weights'; found {found} with strategy '{strategy}'; "
-            "give both or neither"
+            f"weights go with strategy 'weights'; found {found} with strategy '{strategy}'; give both or neither"
         )
     raw = _raw_shares(sizes, strategy, temperature, weights)
     top = max(raw)
@@ -68,15 +67,10 @@ def _raw_shares(
 ) -> list[float]:
     if weights is not None:
         if len(weights) != len(sizes):
-            raise UserError(
-                f"one weight per task is needed; found {len(weights)} weights "
-                f"for {len(sizes)} tasks"
-            )
+            raise UserError(f"one weight per task is needed; found {len(weights)} weights for {len(sizes)} tasks")
         raw = [float(weight) for weight in weights]
         if not all(math.isfinite(weight) and weight >= 0 for weight in raw) or max(raw) == 0:
-            raise UserError(
-                f"sampling weights must be finite, not negative and not all 0; found {raw}"
-            )
+            raise UserError(f"sampling weights must be finite, not negative and not all 0; found {raw}")
         return raw
     total, largest = sum(sizes), max(sizes)
     if strategy == "exp_share":

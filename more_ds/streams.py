@@ -85,10 +85,7 @@ class TaskSequence:
         last = np.ceil((stop + slack) / self._spacing).astype(np.int64)
         streams = np.repeat(np.arange(len(first)), last - first)
         ranges = [np.arange(lo, hi) for lo, hi in zip(first, last, strict=True)]
-        jitters = [
-            self._jitter(key, lo, hi)
-            for key, lo, hi in zip(self._ids.tolist(), first, last, strict=True)
-        ]
+        jitters = [self._jitter(key, lo, hi) for key, lo, hi in zip(self._ids.tolist(), first, last, strict=True)]
         ordinals = np.concatenate(ranges)
         # A share of 0 has an infinite spacing and no events, so no 0 * inf arises here.
         times = (ordinals + np.concatenate(jitters)) * self._spacing[streams]

@@ -8,20 +8,21 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import deepspeed
 import torch
 
 from more_ds.engine import Ranks, free_port
+
+deepspeed.ops.__compatible_ops__  # noqa: B018  # found with compiler runs on first access: once, not in every fork
 
 TIMEOUT_SECONDS = 60.0
 COLLECTIVE_SECONDS = 20
 
 
-def run_ranks(
-    function: Callable[..., Any], world: int, *arguments: Any, timeout: float = TIMEOUT_SECONDS
-) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
     """Call `function(ranks, *arguments)` on `world` connected ranks and return their results, in the order of ranks.
 
     The ranks inherit the test process as it is (patches too) and change nothing in it. Results are copied with pickle.
@@ -52,7 +53,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = [rank for rank in range(len(pipes)) if rank not in results]
-        ready = multiprocessing.connection.wait([pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
+        ready = wait([pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RuntimeError(f"ranks {waiting} were not done in time")
         for rank in waiting:

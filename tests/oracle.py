@@ -38,7 +38,7 @@ class Oracle:
         self.W, self.b = leaf[f"more_gate.{adapter}.weight"], leaf[f"more_gate.{adapter}.bias"]
         self.E = leaf[f"more_task.{adapter}.weight"]
         self.config = layer.configs[adapter]
-        self.frozen_ranks = layer.more_ranks[adapter].tolist()
+        self.frozen_ranks = layer.ranks(adapter).tolist()
 
     def gradients(self) -> dict[str, Tensor]:
         """By the parameter's name in the layer; zero where no gradient came."""
@@ -164,14 +164,17 @@ def adapted(kind: str, base: nn.Module | None = None, trained: bool = True, **sw
 
 def scramble(model: nn.Module, seed: int = 3) -> None:
     """Random adapter weights such that tasks have different ranks; the table follows, except where it is frozen."""
+    layers = [m for m in model.modules() if isinstance(m, MoreLinear)]
+    for layer in layers:
+        for name in layer.configs:
+            layer.ranks(name)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ".more_" in name:
             scale = 0.3 if "more_A" in name or "more_B" in name else 1.0
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    for layer in model.modules():
-        if isinstance(layer, MoreLinear):
-            layer.stale = {name: config.gate != "frozen" for name, config in layer.configs.items()}
+    for layer in layers:
+        layer.stale = {name: config.gate != "frozen" for name, config in layer.configs.items()}
 
 
 def prompts(kind: str = "llama", seed: int = 4) -> dict[str, Tensor]:

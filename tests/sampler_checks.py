@@ -34,13 +34,8 @@ def layouts(sampler: BalancedSampler) -> Iterator[tuple[int, int]]:
             yield world, accumulation
 
 
-def by_rank(
-    sampler: BalancedSampler, step: int, world: int, accumulation: int
-) -> list[list[tuple[int, np.ndarray]]]:
-    return [
-        sampler.micro_batches(step, rank=r, world_size=world, accumulation=accumulation)
-        for r in range(world)
-    ]
+def by_rank(sampler: BalancedSampler, step: int, world: int, accumulation: int) -> list[list[tuple[int, np.ndarray]]]:
+    return [sampler.micro_batches(step, rank=r, world_size=world, accumulation=accumulation) for r in range(world)]
 
 
 def joined(ranks: list[list[tuple[int, np.ndarray]]]) -> list[tuple[int, int]]:
@@ -116,10 +111,7 @@ def check_seeded(make: Make, **plan: Any) -> None:
         passes = [tuple(stream[i : i + size]) for i in range(0, len(stream) - size + 1, size)]
         if size > 20:
             assert len(set(passes)) == len(passes)
-    per_epoch = [
-        [task for batch in batches[e * length : (e + 1) * length] for task, _ in batch]
-        for e in range(3)
-    ]
+    per_epoch = [[task for batch in batches[e * length : (e + 1) * length] for task, _ in batch] for e in range(3)]
     assert len(first.sizes) == 1 or per_epoch[0] != per_epoch[1] != per_epoch[2]
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's folder under faults: it is there whole, or the one before is (4 s)."""
+"""A checkpoint's folder under faults: it is there whole, or the one before is (5 s)."""
 
 from __future__ import annotations
 
@@ -69,25 +69,23 @@ def test_an_io_error_at_any_point_leaves_what_was_there(
     folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second case writes a step for the second time."""
+    target, another = folder / name_of(step), contents(step) | {FILES[0]: b"another"}
     before = {path.name: read_folder(path) for path in complete(folder)}
-    call, written = 0, False
-    while not written:
+    after = before | {target.name: another}
+    call, faults = 0, []
+    while len(faults) == call:
         call += 1
         with monkeypatch.context() as patch:
             fail_at(patch, call, no_space)
             try:
-                write_folder(folder / name_of(step), {**contents(step), FILES[0]: b"another"})
-                written = True
+                write_folder(target, another)
             except OSError:
-                if (folder / name_of(step)).exists() and step not in (1, 2):
-                    assert read_folder(folder / name_of(step))[FILES[0]] == b"another"  # only its own sync failed
-                    shutil.rmtree(folder / name_of(step))
-                elif read_folder(folder / name_of(2))[FILES[0]] == b"another":
-                    write_folder(folder / name_of(2), contents(2))
-        if not written:
-            assert {path.name: read_folder(path) for path in complete(folder)} == before
-            assert [path.name for path in folder.iterdir() if path.name.startswith(UNFINISHED)] == []
-    assert call > 10  # five files with three calls each, and the folder
+                faults.append({path.name: read_folder(path) for path in complete(folder)})
+                assert [path.name for path in folder.iterdir() if path.name.startswith(UNFINISHED)] == []
+    # The last fault is that of flushing the parent folder, when the rename has been done.
+    assert faults == [before] * (len(faults) - 1) + [after]
+    assert len(faults) > 15  # five files with three calls each, and the folder
+    assert {path.name: read_folder(path) for path in complete(folder)} == after
 
 
 def test_a_kill_at_any_point_leaves_a_complete_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +154,7 @@ def test_a_manifest_cannot_name_other_files(folder: Path) -> None:
     with pytest.raises(UserError, match="manifest"):
         read_folder(folder / name_of(2))
     path.write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(UserError, match="format 99|manifest"):
+    with pytest.raises(UserError, match="has format 99"):
         read_folder(folder / name_of(2))
 
 

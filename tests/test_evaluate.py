@@ -163,7 +163,7 @@ def test_every_example_is_answered_for_its_own_task(tasks: list[Task]) -> None:
 def test_generation_counts_what_is_no_option(tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
     model = text_model("llama", NAMES)
     answers = {"accept": ["good", "nonsense"], "grade": ["1.5", "3.0"], "choose": ["it is", ""], "tell": ["no", ""]}
-    queue = {task: 0 for task in NAMES}
+    queue = dict.fromkeys(NAMES, 0)
 
     def spoken(model: TextModel, prompts: Any, task_ids: Sequence[int], *rest: Any) -> list[list[int]]:
         rows = []
@@ -390,7 +390,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def test_runner_on_a_run_folder(
     runner: ModuleType, run_folder: Path, tasks: list[Task], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert runner.main([str(run_folder), "--mode", "both", "--batch-size", "5", "--device", "cpu", "--local_rank=0"]) == 0
+    assert (
+        runner.main([str(run_folder), "--mode", "both", "--batch-size", "5", "--device", "cpu", "--local_rank=0"]) == 0
+    )
     output = capsys.readouterr().out
     assert output.startswith(f"adapter {run_folder}/best on ")
     found = read_results(run_folder / "eval" / "tasks-test")

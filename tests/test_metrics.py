@@ -79,7 +79,7 @@ def test_bleu_with_uneven_numbers_of_references() -> None:
         ("the red shop sells bread .", "good bread at the shop .", "the shop sells good bread ."),
         ("it is near a bridge",),
     ]
-    streams = [[golds[0][i], golds[1][0] if i == 0 else None] for i in range(3)]
+    streams: Any = [[golds[0][i], golds[1][0] if i == 0 else None] for i in range(3)]
     expected = sacrebleu.corpus_bleu(found, streams, lowercase=True, tokenize="13a").score
     assert score("bleu", found, golds) == pytest.approx(expected)
     # A missing reference is absent; as an empty line it would weaken the brevity penalty of this short answer.

@@ -11,6 +11,7 @@ import torch
 from oracle import Batch, Oracle, adapted, oracle_of, prompts, scramble, tiny
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from more_ds import MoreConfig
 from more_ds.losses import IGNORED, contrastive_loss, label_nll
@@ -134,6 +135,30 @@ def test_model_equals_the_equations(kind: str, switches: dict[str, object]) -> N
     torch.testing.assert_close(embeddings[0].grad, embeddings[1].grad, rtol=1e-8, atol=1e-11)
     for name, layer in ((n, m) for n, m in model.base_model.model.named_modules() if isinstance(m, MoreLinear)):
         assert_same_gradients(layer, maps[name].oracle)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_padding_side_does_not_matter(pooling: str) -> None:
+    model = adapted("llama", gate_input="pooled", gate="soft", pooling=pooling)
+    ids, tasks = prompts()["input_ids"][0], torch.tensor([1])
+    alone = model(input_ids=ids.view(1, -1), task_ids=tasks).logits
+    for left in (True, False):
+        sides = (3, 0) if left else (0, 3)
+        padded, mask = F.pad(ids, sides).view(1, -1), F.pad(torch.ones_like(ids), sides).view(1, -1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids=padded, attention_mask=mask, position_ids=positions, task_ids=tasks).logits
+        torch.testing.assert_close(logits[mask == 1].unsqueeze(0), alone)
+
+
+def test_labels_on_every_token_pool_the_whole_example() -> None:
+    model = adapted("llama").train()
+    batch = prompts()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+    loss = model(**{**batch, "labels": labels}).loss
+    contrastive = model.losses["contrastive"]
+    model(**{**batch, "labels": None})
+    torch.testing.assert_close(contrastive, model.auxiliary_loss)
+    torch.testing.assert_close(loss, model.losses["contrastive"] + model.eval()(**{**batch, "labels": labels}).loss)
 
 
 def test_contrastive_loss_by_hand() -> None:

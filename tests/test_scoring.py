@@ -32,7 +32,10 @@ def next_token_logits(model: TextModel, prompt: list[int], answer: list[int], ta
     if model.is_encoder_decoder:
         start = model.config.decoder_start_token_id
         out = model.peft(
-            input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[start, *answer]]), use_cache=False, **extra
+            input_ids=torch.tensor([prompt]),
+            decoder_input_ids=torch.tensor([[start, *answer]]),
+            use_cache=False,
+            **extra,
         )
         return out.logits[0].double()
     mask = torch.tensor([[1] * len(prompt) + [0] * len(answer)])

@@ -11,9 +11,11 @@ import random
 from collections.abc import Iterator
 
 from more_ds.demo.language import (
+    NOUNS,
     ORDERS,
     Deed,
     Quality,
+    State,
     draw_deed,
     draw_state,
     outside,
@@ -68,27 +70,29 @@ def _recall(rng: random.Random, noun: str, quality: Quality) -> str:
 
 
 def _talk_of_states(rng: random.Random) -> str:
-    """Two people speak of one thing: they agree, disagree, or speak past each other."""
-    count = rng.choice((1, 2, 2))
-    states = [draw_state(rng, count=count)]
-    if count == 1:
-        states += [draw_state(rng, count=1) for _ in range(rng.choice((0, 1, 2)))]
-        states = list({state.noun: state for state in states}.values())
-    state = rng.choice(states)
+    """Somebody tells something, and takes what the others say of it one way or another."""
+    nouns = rng.sample(NOUNS, rng.choice((1, 1, 2, 3)))
+    count = 2 if len(nouns) == 1 else 1
+    states = [draw_state(rng, count=count, nouns=(noun,)) for noun in nouns]
+    speaker, *others = rng.sample(PEOPLE, 4)
+    told = ". ".join(state.say(rng) for state in states)
+    replies = [f"{other} said: {_reply(rng, rng.choice(states))}" for other in others]
+    return f"{speaker} said: {told}. {' '.join(replies)}"
+
+
+def _reply(rng: random.Random, state: State) -> str:
     known = rng.choice(state.qualities)
     verdict, said = rng.choice(
         (
-            ("they agreed", known),
-            ("they disagreed", known.opposite()),
-            ("they spoke of other matters", outside(rng, state.qualities)),
+            ("agreed", known),
+            ("disagreed", known.opposite()),
+            ("wondered", outside(rng, state.qualities)),
         )
     )
-    one, two = rng.sample(PEOPLE, 2)
-    told = ". ".join(item.say(rng) for item in states)
     claim = word(rng, said.words)
-    if rng.random() < 0.15:
+    if rng.random() < 0.1:
         claim = f"not {word(rng, said.opposite().words)}"
-    return f"{one} said: {told}. {two} said: the {state.noun} was {claim}. {verdict}."
+    return f"the {state.noun} was {claim}. the first {verdict}."
 
 
 def _talk_of_deeds(rng: random.Random) -> str:

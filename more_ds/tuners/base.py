@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def peft_type(name: str) -> PeftType:
         return PeftType[key]
     member = str.__new__(PeftType, key)
     member._name_, member._value_ = key, key
-    member._sort_order_ = len(PeftType._member_names_)
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
     PeftType._member_map_[key] = member
     PeftType._member_names_.append(key)
     PeftType._value2member_map_[key] = member
@@ -101,8 +101,8 @@ def add_to_base(layer: BaseTunerLayer, delta: Tensor, safe: bool) -> Any:
     Raises:
         ValueError: the weight is not whole on this rank (ZeRO-3), or `safe` and the sum is not finite.
     """
-    base = layer.get_base_layer()
-    backend = layer.quantization_backend
+    base: Any = layer.get_base_layer()
+    backend: Any = layer.quantization_backend
     weight = base.weight
     if weight.numel() == 0:
         raise ValueError("the base weight is partitioned by ZeRO-3; merge the saved adapter in a process of its own")
@@ -119,7 +119,7 @@ def add_to_base(layer: BaseTunerLayer, delta: Tensor, safe: bool) -> Any:
     return memory
 
 
-def restore_base(layer: BaseTunerLayer, memory: Any) -> None:
+def restore_base(layer: Any, memory: Any) -> None:
     """Undo `add_to_base`."""
     base, weight, attributes, state = memory
     weight.__dict__.clear()

@@ -61,6 +61,8 @@ class MoreLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("more_A", "more_B", "more_gate", "more_task")
     other_param_names = ("more_ranks", "more_dropout", "configs", "stale")
+    in_features: int
+    out_features: int
 
     def __init__(self, base_layer: nn.Module, context: TaskContext, role: str, key: str) -> None:
         """Wrap `base_layer`.
@@ -74,14 +76,17 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[assignment]
         self.context, self.role, self.key = context, role, key
         self.configs: dict[str, MoreConfig] = {}
         self.stale: dict[str, bool] = {}
-        self.more_A, self.more_B = nn.ModuleDict(), nn.ModuleDict()
-        self.more_gate, self.more_task = nn.ModuleDict(), nn.ModuleDict()
-        self.more_dropout = nn.ModuleDict()
-        self.more_ranks = BufferDict({}, persistent=True)
+        # By adapter name; `Any`, because torch types whatever these containers hold as a bare module.
+        self.more_A: Any = nn.ModuleDict()
+        self.more_B: Any = nn.ModuleDict()
+        self.more_gate: Any = nn.ModuleDict()
+        self.more_task: Any = nn.ModuleDict()
+        self.more_dropout: Any = nn.ModuleDict()
+        self.more_ranks: Any = BufferDict({}, persistent=True)
         self.merged_adapters: list[str] = []
         self._memory: list[Any] = []
         self._disable_adapters = False
@@ -106,8 +111,6 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         if frozen:
             self.frozen_peft_weight_names[adapter_name] = tuple(frozen)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        # Only now: a gate that was rounded to the base's type may choose other ranks than before.
-        self._refresh(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, name: str) -> None:
@@ -247,16 +250,17 @@ class MoreLinear(nn.Module, BaseTunerLayer):
             # A loaded table is what the run trained with, even where a gate rounded to another type says otherwise.
             self.stale[name] = self.stale[name] and f"{prefix}more_ranks.{name}" not in state_dict
 
-    def get_delta_weight(self, adapter: str, task: int) -> Tensor:
+    def get_delta_weight(self, adapter: str, task: int | None) -> Tensor:
         """B diag(v) A of one task, (out, in) float32.
 
         Raises:
-            ValueError: the adapter gates on the input, so that no single matrix describes a task.
+            ValueError: the adapter does not know the task, or gates on the input, so that no single matrix
+                describes a task.
         """
         config = self.configs[adapter]
         if config.gate_input == "pooled":
             raise ValueError("gate_input='pooled' chooses the rank by example; such an adapter cannot be merged")
-        if not 0 <= task < config.num_tasks:
+        if task is None or not 0 <= task < config.num_tasks:
             raise ValueError(f"task {task} is out of range; the adapter knows tasks 0 to {config.num_tasks - 1}")
         table = self._table(adapter, at_least_float32(self.more_A[adapter].weight))
         if config.gate == "soft":

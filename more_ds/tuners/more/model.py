@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from more_ds.losses import IGNORED
 from more_ds.tuners.base import TASK_IDS
 from more_ds.tuners.context import SOURCE, TARGET, TaskContext
-from more_ds.tuners.more.config import MoreConfig
 from more_ds.tuners.more.layer import MoreLinear
 
 CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
@@ -33,17 +32,18 @@ class MoreModel(BaseTuner):
 
     prefix = "more_"
     tuner_layer_cls = MoreLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     routes_by_task = True
+    peft_config: dict[str, Any]
 
-    def _pre_injection_hook(self, model: nn.Module, config: MoreConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.__dict__.setdefault("context", TaskContext())
         if config.contrastive_maps == "encoder" and not self._is_encoder_decoder():
             raise ValueError("contrastive_maps='encoder' needs an encoder-decoder model; this one has no encoder")
 
     def _create_and_replace(
         self,
-        peft_config: MoreConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -132,7 +132,8 @@ class MoreModel(BaseTuner):
         """Return the base model with one task's update merged in, an ordinary model."""
         # Merged as a whole first: unloading map by map could stop half way at a map that cannot be merged.
         self.merge_adapter(adapter_names, safe_merge, task)
-        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        return self.model
 
     @contextmanager
     def _merging(self, task: int | None) -> Iterator[None]:
@@ -180,8 +181,9 @@ class MoreModel(BaseTuner):
         if prompt_mask is None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             mask = None if tokens is None else torch.ones(tokens.shape[:2], device=tokens.device)
         if prompt_mask is None:
-            same = mask is not None and target is not None and target.shape == mask.shape
-            prompt_mask = _prompt(mask, target) if same and not self._is_encoder_decoder() else mask
+            prompt_mask = mask
+            if mask is not None and target is not None and not self._is_encoder_decoder():
+                prompt_mask = _prompt(mask, target) if target.shape == mask.shape else mask
         self.context.begin(task_ids, prompt_mask, target, decoding)
 
     def _add_to_loss(self, outputs: Any, inputs: dict[str, Any]) -> Any:
