@@ -16,14 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_ds import log
-
-log.quiet_libraries()
-
 import torch
 from torch import Tensor
 
-from more_ds import cli, plan, report
+from more_ds import cli, log, plan, report
 from more_ds.checkpoint_files import read_state
 from more_ds.config import build, read_recipe
 from more_ds.ds_config import with_monitors
@@ -38,6 +34,7 @@ from more_ds.run_folder import RunFolder, default_path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    log.quiet_libraries()
     parser = cli.config_parser(__doc__ or "")
     parser.add_argument("--recipe", default="demo", help="recipe: a YAML file, or a name in launch/recipes")
     parser.add_argument("--ds_config", help="DeepSpeed configuration; default: ZeRO-0")

@@ -93,7 +93,10 @@ class RunConfig:
             for name, what, ok in (
                 *((n, "at least 1", lambda v: v is None or v >= 1) for n in _AT_LEAST_ONE),
                 *((n, "0 or more", lambda v: v >= 0) for n in _NOT_NEGATIVE),
-                *((n, "above 0", lambda v: v > 0) for n in ("learning_rate", "num_train_epochs", "sampling_temperature")),
+                *(
+                    (n, "above 0", lambda v: v > 0)
+                    for n in ("learning_rate", "num_train_epochs", "sampling_temperature")
+                ),
             )
             if not ok(getattr(self, name))
         ]

@@ -95,7 +95,7 @@ def resolve(path: str | None, config: RunConfig, sizes: BatchSizes, dtype: str) 
         if key in ours and value != "auto" and value != ours[key]
     ]
     if wrong:
-        raise UserError(f"{'; '.join(wrong)}; write \"auto\" in the JSON, or change the recipe")
+        raise UserError(f'{"; ".join(wrong)}; write "auto" in the JSON, or change the recipe')
     result = copy.deepcopy(given)
     # The loop owns the optimizer and the schedule; DeepSpeed gets a torch optimizer, which needs no C++ build.
     for section in ("optimizer", "scheduler"):

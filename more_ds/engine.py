@@ -9,11 +9,9 @@ import socket
 from collections.abc import Iterable
 from typing import Any
 
-
-
 import torch
 from torch import Tensor, nn
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from more_ds.config import RunConfig
 from more_ds.ds_config import zero_stage

@@ -83,8 +83,8 @@ class Ledger:
         first = min((item for item in everyone if item is not None), default=None)
         if first is not None:
             raise TrainingError(
-                f"the loss is not finite at step {first[0]}, task '{first[1]}', rank {first[2]}; the last checkpoint is "
-                "as it was; lower learning_rate, or use --dtype fp32 or bf16"
+                f"the loss is not finite at step {first[0]}, task '{first[1]}', rank {first[2]}; "
+                "the last checkpoint is as it was; lower learning_rate, or use --dtype fp32 or bf16"
             )
 
     def _clear(self) -> None:

@@ -15,6 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from more_ds import log
 from more_ds.encoding import Encoder
 from more_ds.errors import UserError
 from more_ds.model import TextModel, check_model, load_base, load_tokenizer, read_model_config
@@ -160,6 +161,11 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter {folder} does not fit the base model: {reason}; check --base_model") from error
     _check_complete(adapted, saved, folder)
+    up = [value for key, value in saved.items() if "_B." in key]
+    if up and not any(bool(value.any()) for value in up):
+        log.say(
+            f"note: every B of the adapter {folder} is zero, so it changes nothing: what is scored is the base model"
+        )
     return adapted
 
 

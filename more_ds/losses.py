@@ -33,16 +33,15 @@ def contrastive_loss(z: Tensor, embeddings: Tensor, task_ids: Tensor, temperatur
     task, so the usual sign is used here, as in the published code.
 
     Args:
-        z: (batch, width) pooled inputs of one adapted map.
-        embeddings: (tasks, width).
+        z: (..., batch, width) pooled inputs of one adapted map, or of several.
+        embeddings: (..., tasks, width).
         task_ids: (batch,) the example's own task.
         temperature: divides the cosine; 0.05 in the paper.
 
     Returns:
-        Scalar: the mean over the batch, in nats, computed in float32.
+        Scalar: the mean over the maps and the batch, in nats, computed in float32.
     """
     with torch.autocast(z.device.type, enabled=False):
-        cosine = F.normalize(at_least_float32(z), dim=-1) @ F.normalize(at_least_float32(embeddings), dim=-1).T
+        cosine = F.normalize(at_least_float32(z), dim=-1) @ F.normalize(at_least_float32(embeddings), dim=-1).mT
         log_p = torch.log_softmax(cosine / temperature, dim=-1)
-    return -log_p.gather(1, task_ids.unsqueeze(1)).mean()
-
+    return -log_p.gather(-1, task_ids.unsqueeze(1).expand(*log_p.shape[:-1], 1)).mean()

@@ -119,7 +119,9 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the weights of '{name}' cannot be read: {reason}; check the folder, or load it anew") from error
+        raise UserError(
+            f"the weights of '{name}' cannot be read: {reason}; check the folder, or load it anew"
+        ) from error
     model.config.use_cache = False
     return model
 

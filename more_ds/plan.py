@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from more_ds import demo
 from more_ds.config import RunConfig
 from more_ds.data import load_examples
+from more_ds.demo.tokenizer import Kind
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.encoding import Encoder
 from more_ds.errors import UserError, suggest
@@ -30,7 +32,7 @@ from more_ds.sampler import BalancedSampler
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
 
-DEMO_MODELS = {"demo": "llama", "demo-t5": "t5"}
+DEMO_MODELS: dict[str, Kind] = {"demo": "llama", "demo-t5": "t5"}
 """Name of an embedded backbone -> its kind."""
 
 
@@ -217,7 +219,6 @@ def _count(
     with init_empty_weights(), torch.random.fork_rng():
         model = attach(auto.from_config(model_config, trust_remote_code=trust_remote_code), adapter)
     trainable = parameters_by_kind(model)
-    maps: dict[str, int] = {}
-    for name in model.base_model.targeted_module_names:
-        maps[name.rsplit(".", 1)[-1]] = maps.get(name.rsplit(".", 1)[-1], 0) + 1
+    tuner: Any = model.base_model
+    maps = Counter(name.rsplit(".", 1)[-1] for name in tuner.targeted_module_names)
     return trainable, sum(p.numel() for p in model.parameters()) - sum(trainable.values()), maps

@@ -52,7 +52,7 @@ class Run:
     def __init__(self, plan: Plan, ranks: Ranks, folder: RunFolder, text_model: TextModel) -> None:
         """Join the parts of a run; `text_model.module` is the DeepSpeed engine."""
         self.plan, self.ranks, self.folder, self.text_model = plan, ranks, folder, text_model
-        self.engine = text_model.module
+        self.engine: Any = text_model.module
         self.mixture = Mixture(plan.train, plan.sampler, plan.encoder, text_model.collator)
         self.progress = Progress()
         self.task_ids = {name: i for i, name in enumerate(plan.task_names)}
@@ -122,7 +122,9 @@ class Run:
         state, folder = self.progress, self.folder
         if state.best_step not in (0, state.step):
             checkpoint.load(self._checkpoint(state.best_step), self.engine)
-        columns = {title: dict(state.scores[title]) for title in ("majority", "untuned", "best") if title in state.scores}
+        columns: dict[str, dict[str, float]] = {
+            title: dict(state.scores[title]) for title in ("majority", "untuned", "best") if title in state.scores
+        }
         metrics = {task.name: task.primary for task in self.plan.tasks}
         results: list[TaskResult] = []
         for split, examples in self.plan.test.items():
@@ -135,7 +137,9 @@ class Run:
         chosen = self.chosen_ranks()
         if self.ranks.rank == 0:
             if results:
-                write_results(folder.path / "eval" / "test", results, {"step": state.best_step, "mode": results[0].mode})
+                write_results(
+                    folder.path / "eval" / "test", results, {"step": state.best_step, "mode": results[0].mode}
+                )
             if chosen:
                 table = {name: dict(zip(self.plan.task_names, c.tolist(), strict=True)) for name, c in chosen.items()}
                 (folder.path / "ranks.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
@@ -144,7 +148,9 @@ class Run:
             before = {name: torch.tensor(first) for name, first in state.first_ranks.items()}
             log.say("\n" + report.rank_table(chosen, self.plan.task_names, before))
         self._say_what_was_cut()
-        log.say(f"\nbest adapter (step {state.best_step}): {folder.best}\nscore it again: python eval/run.py {folder.path}")
+        log.say(
+            f"\nbest adapter (step {state.best_step}): {folder.best}\nscore it again: python eval/run.py {folder.path}"
+        )
 
     def chosen_ranks(self) -> dict[str, Tensor]:
         """The ranks that the gates choose now, (tasks,) by adapted map; empty for a method without them."""
@@ -177,7 +183,9 @@ class Run:
         encoder = self.plan.encoder
         if encoder.num_cut:
             share = 100 * encoder.num_cut / encoder.num_prompts
-            log.say(f"\n{share:.1f} % of the prompts were longer than max_source_length={encoder.max_source_length}; cut")
+            log.say(
+                f"\n{share:.1f} % of the prompts were longer than max_source_length={encoder.max_source_length}; cut"
+            )
 
 
 def _numbers(row: Mapping[str, Any], prefix: str = "train") -> list[tuple[str, float]]:

@@ -92,7 +92,7 @@ class RunFolder:
 
 
 def publish(checkpoint: Path, place: Path) -> None:
-    """Copy a checkpoint's adapter to `place`, in the stead of what is there, so that a whole one is always to be had."""
+    """Copy a checkpoint's adapter to `place`, in the stead of what is there; a whole one is always to be had."""
     fresh, old = place.with_name(f".{place.name}.new"), place.with_name(f".{place.name}.old")
     for left_over in (fresh, old):
         shutil.rmtree(left_over, ignore_errors=True)

@@ -1,125 +1,32 @@
-"""Evaluation end to end: metrics, records, ranks, adapters, and the runner's command line."""
+"""Metrics, records and routing of an evaluation, at any batch size and number of ranks."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import socket
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, matthews_corrcoef
-from tiny_models import base_model, text_model, tokenizer
+from tiny_models import text_model
+from toy_suite import IDS, NAMES, SUITE, assert_same, on_ranks, toy_examples, toy_scores
 
 from more_ds.errors import UserError
 from more_ds.evaluate import evaluate, standard_error
-from more_ds.loading import find_subject, load_text_model
 from more_ds.model import TextModel
-from more_ds.results import TaskResult, mean_score, result_table, write_results
+from more_ds.results import mean_score, result_table, write_results
 from more_ds.scoring import generate, rank_options
 from more_ds.tasks import Task, load_suite
-from more_ds.tasks.render import Example, answer_value, render
-
-SUITE = """
-suite: toy
-tasks:
-  accept:
-    prompt: "accept: {text}"
-    labels: {0: bad, 1: good}
-    metrics: [matthews, accuracy]
-    extra_tests: [test_hard]
-  grade:
-    prompt: "grade: {text}"
-    labels: {range: [0.0, 2.0, 0.5]}
-    metrics: [pearson, spearman]
-  choose:
-    prompt: "choose: {text}"
-    options: ["{a}", "{b}", "it is {b}"]
-    metrics: [accuracy]
-  tell:
-    prompt: "tell: {text}"
-    references: said
-    metrics: [exact_match]
-    max_new_tokens: 6
-"""
-WORDS = ["red", "green", "a blue one", "x", "something longer", "no"]
-NAMES = ["accept", "grade", "choose", "tell"]
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def toy_row(task: str, i: int) -> dict[str, Any]:
-    text = " ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 2 + i % 4))
-    label: Any = {"accept": i % 2, "grade": (i % 5) / 2, "choose": i % 3}.get(task, 0)
-    return {"text": text, "label": label, "a": WORDS[i % 6], "b": WORDS[(i + 2) % 6] + "!", "said": [text, "no"]}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tasks file, data and a base model."""
-    path = tmp_path_factory.mktemp("toy")
-    (path / "toy.yaml").write_text(SUITE)
-    for task in NAMES:
-        (path / "toy" / task).mkdir(parents=True)
-        for split, rows in (("train", 9), ("test", 11), ("test_hard", 5)):
-            lines = [json.dumps(toy_row(task, i + len(split))) for i in range(rows)]
-            (path / "toy" / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    base_model("llama").save_pretrained(path / "base")
-    tokenizer(False).save_pretrained(path / "base")
-    return path
-
-
-@pytest.fixture(scope="module")
-def adapter(folder: Path) -> Path:
-    model = text_model("llama", NAMES)
-    model.peft.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    model.peft.save_pretrained(str(folder / "adapter"))
-    return folder / "adapter"
-
-
-@pytest.fixture(scope="module")
-def runner() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("eval_run", ROOT / "eval" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["eval_run"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from more_ds.tasks.render import answer_value
 
 
 @pytest.fixture
-def tasks(folder: Path) -> list[Task]:
-    return load_suite(folder / "toy.yaml")
-
-
-def toy_examples(tasks: Sequence[Task], count: int = 11) -> dict[str, list[Example]]:
-    return {task.name: [render(task, toy_row(task.name, i), i) for i in range(count)] for task in tasks}
-
-
-IDS = {name: i for i, name in enumerate(NAMES)}
-
-
-def toy_scores(
-    model: TextModel, tasks: Sequence[Task], batch_size: int, count: int = 11, **options: Any
-) -> list[TaskResult]:
-    examples = toy_examples(tasks, count)
-    return evaluate(model, tasks, examples, task_ids=IDS, batch_size=batch_size, label=None, **options)
-
-
-def assert_same(one: Sequence[TaskResult], other: Sequence[TaskResult]) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert (a.task, a.metrics, a.n, a.unparsable) == (b.task, b.metrics, b.n, b.unparsable)
-        for x, y in zip(a.records, b.records, strict=True):
-            assert {k: v for k, v in x.items() if k != "scores"} == {k: v for k, v in y.items() if k != "scores"}
-            assert x["scores"] == (y["scores"] and pytest.approx(y["scores"], abs=1e-4))
+def tasks(tmp_path: Path) -> list[Task]:
+    (tmp_path / "toy.yaml").write_text(SUITE)
+    return load_suite(tmp_path / "toy.yaml")
 
 
 def test_metrics_are_those_of_the_best_scored_option(tasks: list[Task]) -> None:
@@ -240,36 +147,6 @@ def test_results_on_disk(tasks: list[Task], tmp_path: Path) -> None:
     assert f"{mean_score(results):.2f}" in result_table(results).splitlines()[-1]
 
 
-def _worker(rank: int, world: int, port: int, job: Callable[[int], Any], queue: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    try:
-        queue.put((rank, job(rank)))
-    except BaseException as error:
-        queue.put((rank, repr(error)))
-        raise
-
-
-def on_ranks(world: int, job: Callable[[int], Any]) -> list[Any]:
-    """Run `job(rank)` in forked processes, and return what they give, by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("fork")
-    queue = context.Queue()
-    workers = [context.Process(target=_worker, args=(r, world, port, job, queue)) for r in range(world)]
-    for worker in workers:
-        worker.start()
-    try:
-        found = dict(queue.get(timeout=60) for _ in workers)
-    finally:
-        for worker in workers:
-            worker.join(timeout=20)
-            worker.kill()
-    return [found[r] for r in range(world)]
-
-
 def test_two_and_three_ranks_give_the_numbers_of_one(tasks: list[Task]) -> None:
     model = text_model("llama", NAMES)
     alone = [toy_scores(model, tasks, 4, 5, mode=mode) for mode in ("likelihood", "generation")]
@@ -304,155 +181,3 @@ def test_partitioned_ranks_take_the_same_number_of_passes(tasks: list[Task]) -> 
     assert passes == others > 0
     assert_same(alone, first)
     assert_same(alone, second)
-
-
-def test_an_adapter_loads_whole(folder: Path, adapter: Path) -> None:
-    subject = find_subject(str(adapter))
-    assert subject.task_ids == IDS
-    model = load_text_model(subject, dtype="fp32", device="cpu", max_source_length=64, max_target_length=32)
-    original = text_model("llama", NAMES)
-    prompts, options = [[2, 9, 30]], [[[40, 41, 1], [50, 1]]]
-    for task in range(4):
-        found = rank_options(model, prompts, [task], options)[0]
-        assert found == pytest.approx(rank_options(original, prompts, [task], options)[0], abs=1e-5)
-
-
-def _changed(adapter: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    target.mkdir()
-    for name in ("adapter_config.json",):
-        (target / name).write_bytes((adapter / name).read_bytes())
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, target / "adapter_model.safetensors")
-    return target
-
-
-def _drop(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors[next(key for key in sorted(tensors) if "more_B" in key)]
-
-
-def _rename(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["base_model.model.model.layers.7.self_attn.q_proj.more_B.weight"] = torch.ones(2)
-
-
-def _widen(tensors: dict[str, torch.Tensor]) -> None:
-    key = next(key for key in sorted(tensors) if "more_A" in key)
-    tensors[key] = torch.cat([tensors[key]] * 2)
-
-
-def _spoil(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[next(key for key in sorted(tensors) if "more_B" in key)].fill_(float("nan"))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_drop, r"lacks 1 tensors of this adapter, e\.g\. .*more_B"),
-        (_rename, r"holds 1 tensors that the adapter does not have, e\.g\. .*layers\.7"),
-        (_widen, r"does not fit the base model"),
-        (_spoil, r"1 tensors are not finite"),
-    ],
-)
-def test_a_damaged_adapter_is_refused(adapter: Path, tmp_path: Path, change: Any, message: str) -> None:
-    subject = find_subject(str(_changed(adapter, tmp_path / "a", change)))
-    with pytest.raises(UserError, match=message):
-        load_text_model(subject, dtype="fp32", device="cpu", max_source_length=64, max_target_length=32)
-
-
-def test_a_cut_file_is_refused(adapter: Path, tmp_path: Path) -> None:
-    path = _changed(adapter, tmp_path / "a", lambda tensors: None)
-    weights = path / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-40])
-    with pytest.raises(UserError, match="is damaged"):
-        load_text_model(find_subject(str(path)), dtype="fp32", device="cpu", max_source_length=8, max_target_length=8)
-
-
-@pytest.fixture
-def run_folder(folder: Path, adapter: Path, tmp_path: Path) -> Path:
-    run = tmp_path / "run"
-    for slot in ("best", "last"):
-        _changed(adapter, run / slot, lambda tensors: None) if run.is_dir() else run.mkdir()
-        if not (run / slot).is_dir():
-            _changed(adapter, run / slot, lambda tensors: None)
-    config = {
-        "model": str(folder / "base"), "suite": [], "tasks": NAMES, "tasks_file": str(folder / "toy.yaml"),
-        "data_dir": str(folder), "max_source_length": 64, "max_target_length": 32, "plain_prompts": False,
-        "dtype": "auto", "revision": None, "quantization": "none", "attn_implementation": None,
-    }  # fmt: skip
-    (run / "config.json").write_text(json.dumps(config))
-    return run
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    return json.loads((path / "results.json").read_text())["results"]
-
-
-def test_runner_on_a_run_folder(
-    runner: ModuleType, run_folder: Path, tasks: list[Task], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (
-        runner.main([str(run_folder), "--mode", "both", "--batch-size", "5", "--device", "cpu", "--local_rank=0"]) == 0
-    )
-    output = capsys.readouterr().out
-    assert output.startswith(f"adapter {run_folder}/best on ")
-    found = read_results(run_folder / "eval" / "tasks-test")
-    assert [(entry["task"], entry["split"], entry["mode"]) for entry in found] == [
-        ("accept", "test", "likelihood"), ("grade", "test", "likelihood"), ("choose", "test", "likelihood"),
-        ("tell", "test", "generation"), ("accept", "test_hard", "likelihood"), ("accept", "test", "generation"),
-        ("grade", "test", "generation"), ("choose", "test", "generation"), ("accept", "test_hard", "generation"),
-    ]  # fmt: skip
-    assert found[0]["majority"]["accuracy"] > 0
-    examples = {t.name: [render(t, toy_row(t.name, i + 4), i) for i in range(11)] for t in tasks}
-    expected = evaluate(text_model("llama", NAMES), tasks, examples, task_ids=IDS, batch_size=3, label=None)
-    assert [entry["metrics"] for entry in found[:4]] == [result.metrics for result in expected]
-    assert f"{found[0]['metrics']['matthews']:.2f}" in output
-
-
-def test_runner_on_two_ranks(runner: ModuleType, run_folder: Path) -> None:
-    argv = [str(run_folder), "--device", "cpu", "--batch_size", "3", "--output_dir"]
-    assert runner.main([*argv, str(run_folder / "one")]) == 0
-    assert on_ranks(2, lambda rank: runner.main([*argv, str(run_folder / "two")])) == [0, 0]
-    assert read_results(run_folder / "one") == read_results(run_folder / "two")
-
-
-def test_runner_on_a_plain_model_and_as_task(
-    runner: ModuleType, folder: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tail = ["--tasks_file", str(folder / "toy.yaml"), "--tasks", "accept", "--data_dir", str(folder), "--limit", "6"]
-    tail += ["--device", "cpu", "--max_source_length", "64"]
-    assert runner.main([str(folder / "base"), *tail]) == 0
-    assert read_results(tmp_path / "eval_results" / "base" / "accept-toy-test")[0]["n"] == 6
-    scores = {}
-    for name in ("accept", "grade"):
-        assert runner.main([str(adapter), *tail, "--as_task", name, "--output_dir", str(tmp_path / name)]) == 0
-        scores[name] = json.loads((tmp_path / name / "predictions.jsonl").read_text().splitlines()[0])["scores"]
-    assert scores["accept"] != pytest.approx(scores["grade"], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "arguments are required: RUN"),
-        (["{base}"], "records no tasks; say what to score"),
-        (["{base}", "--suites", "glue"], "unknown argument '--suites'; did you mean 'suite'?"),
-        (["{base}", "--suite", "gleu"], "unknown suite 'gleu'; did you mean 'glue'?"),
-        (["{base}", "--limit", "0"], "'0' is not a positive number"),
-        (["{base}", "--tasks_file", "{toy}", "--data_dir", "{base}/none"], "no folder"),
-        (["{base}", "--tasks_file", "{toy}", "--data_dir", "{data}", "--split", "tset"], "did you mean 'test'"),
-        (["{data}/nowhere", "--tasks_file", "{toy}", "--data_dir", "{data}"], "no model at"),
-        (["{adapter}", "--tasks", "cola"], "the adapter does not know 'cola'; it knows: accept, grade, choose, tell"),
-        (["{adapter}", "--tasks", "cola", "--as_task", "acept"], "did you mean 'accept'"),
-        (["{run}"], "holds no adapter"),
-    ],
-)
-def test_runner_refuses_in_one_line(
-    runner: ModuleType, folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    arguments: list[str], message: str,
-) -> None:  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps({"model": "m", "suite": [], "tasks": []}))
-    places = {"base": folder / "base", "toy": folder / "toy.yaml", "data": folder, "adapter": adapter, "run": tmp_path}
-    assert runner.main([argument.format(**places) for argument in arguments]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert message in lines[0]

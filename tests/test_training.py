@@ -69,7 +69,8 @@ def recipe(place: Path) -> Path:
         "max_steps": 6, "warmup_steps": 2, "learning_rate": 0.01, "eval_steps": 3, "logging_steps": 1,
         # Adam divides a gradient by its own size: a wide epsilon keeps it from blowing up the rounding of tiny ones.
         "adam_epsilon": 1e-3,
-        "eval_limit": 6, "eval_on_start": False, "max_source_length": 32, "max_target_length": 16, "adapter": {"r": 4, "lora_dropout": 0.1},
+        "eval_limit": 6, "eval_on_start": False, "max_source_length": 32, "max_target_length": 16,
+        "adapter": {"r": 4, "lora_dropout": 0.1},
     }  # fmt: skip
     path.write_text(json.dumps(settings))
     return path
@@ -218,7 +219,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(place: Path, capfd: pytest.Capt
 
 def test_early_stopping_keeps_the_best(place: Path) -> None:
     output = place / "early"
-    extra = ["--early_stopping_patience", "1", "--eval_steps", "1", "--learning_rate", "1e-12", "--save_total_limit", "1"]
+    extra = [
+        "--early_stopping_patience",
+        "1",
+        "--eval_steps",
+        "1",
+        "--learning_rate",
+        "1e-12",
+        "--save_total_limit",
+        "1",
+    ]
     on_ranks(1, argv(place, output, *extra))
     assert len(losses(output)) == 2, "the score cannot rise at this rate: step 1 is the best, step 2 the last"
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]

@@ -26,9 +26,7 @@ class DemoPaths(NamedTuple):
     model_dir: Path
 
 
-def prepare(
-    kind: Kind = "llama", cache_dir: Path | str | None = None, steps: int | None = None
-) -> DemoPaths:
+def prepare(kind: Kind = "llama", cache_dir: Path | str | None = None, steps: int | None = None) -> DemoPaths:
     """Return the demo's data and backbone, and make them first where they are not there.
 
     Several processes may call this at once: one builds, the others wait for it. What is built

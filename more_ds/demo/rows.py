@@ -10,33 +10,22 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from more_ds.demo.language import (
-    NOUNS,
-    ORDERS,
-    Deed,
-    Quality,
-    draw_deed,
-    draw_qualities,
-    draw_state,
-    outside,
-    participle,
-    word,
-)
+from more_ds.demo.language import ORDERS, Statement, draw_trade, other_trade, participle
 from more_ds.demo.lexicon import (
     AREAS,
     BLAME,
     DISLIKED,
     FOODS,
     LIKED,
-    MAKERS,
+    PARTS,
     PEOPLE,
-    PLACES,
     PRAISE,
     PRICES,
     REVIEWED,
     SHOP_COLOURS,
     SHOP_KINDS,
     SHOP_SIGNS,
+    TRADES,
 )
 
 Row = dict[str, Any]
@@ -44,10 +33,7 @@ Row = dict[str, Any]
 
 def draw_acceptability(rng: random.Random) -> Row:
     """A sentence, as it should be or with one fault of grammar."""
-    if rng.random() < 0.5:
-        words = draw_state(rng).say(rng).split()
-    else:
-        words = draw_deed(rng).say(rng, rng.choice(ORDERS)).split()
+    words = Statement.of(draw_trade(rng)).say(rng, rng.choice(ORDERS)).split()
     label = int(rng.random() < 0.55)
     if not label:
         words = _spoil(rng, words)
@@ -64,7 +50,7 @@ def _spoil(rng: random.Random, words: list[str]) -> list[str]:
     at = rng.randrange(len(words) - 1)
     if fault == "twice":
         return words[: at + 1] + words[at:]
-    return words[:at] + [words[at + 1], words[at]] + words[at + 2 :]
+    return [*words[:at], words[at + 1], words[at], *words[at + 2 :]]
 
 
 def draw_sentiment(rng: random.Random) -> Row:
@@ -88,90 +74,90 @@ def _opinion(rng: random.Random, positive: bool) -> str:
 
 
 def draw_paraphrase(rng: random.Random) -> Row:
-    """Two sayings of one deed, or of two deeds that differ in one or two places."""
-    first = draw_deed(rng)
+    """Two sayings of one statement, or of two that differ in three parts or more."""
+    first = Statement.of(draw_trade(rng))
     label = int(rng.random() < 0.54)
-    second = first
-    if not label:
-        second = first.altered(rng, tuple(rng.sample(Deed.SLOTS, rng.choice((1, 2)))))
+    second = first if label else first.altered(rng, rng.choice((3, 4, 5)))
     return {
-        "sentence1": first.say(rng),
+        "sentence1": first.say(rng, rng.choice(ORDERS)),
         "sentence2": second.say(rng, rng.choice(ORDERS)),
         "label": label,
     }
 
 
 def draw_entailment(rng: random.Random) -> Row:
-    """A premise and a hypothesis on one noun: 0 follows, 1 is open, 2 contradicts."""
-    premise = draw_state(rng, count=2)
+    """A premise and a hypothesis: 0 follows, 1 speaks of something else, 2 is denied."""
+    trade = draw_trade(rng)
     label = rng.choice((0, 0, 0, 1, 1, 1, 1, 2, 2, 2))
-    known = rng.choice(premise.qualities)
-    said = {0: known, 1: outside(rng, premise.qualities), 2: known.opposite()}[label]
-    hypothesis = f"the {premise.noun} was {_claim(rng, said)}"
-    return {"premise": premise.say(rng), "hypothesis": hypothesis, "label": label}
-
-
-def _claim(rng: random.Random, quality: Quality) -> str:
-    """Say a quality, now and then as "not" its opposite."""
-    if rng.random() < 0.1:
-        return f"not {word(rng, quality.opposite().words)}"
-    return word(rng, quality.words)
+    said = Statement.of(other_trade(rng, trade) if label == 1 else trade)
+    denied = label == 2 or (label == 1 and rng.random() < 0.2)
+    return {
+        "premise": Statement.of(trade).say(rng, rng.choice(ORDERS)),
+        "hypothesis": said.say_short(rng, denied),
+        "label": label,
+    }
 
 
 def draw_qa_sentence(rng: random.Random) -> Row:
     """A question and a sentence: 0 the sentence answers it, 1 it speaks of something else."""
-    asked = draw_deed(rng)
-    question, slots = say_question(rng, asked)
+    trade = draw_trade(rng)
     label = int(rng.random() < 0.53)
-    told = asked.altered(rng, tuple(rng.sample(slots, rng.choice((1, 2))))) if label else asked
-    return {"question": question, "sentence": told.say(rng), "label": label}
+    told = Statement.of(other_trade(rng, trade) if label else trade)
+    return {
+        "question": say_question(rng, Statement.of(trade)),
+        "sentence": told.say(rng, rng.choice(ORDERS)),
+        "label": label,
+    }
 
 
-def say_question(rng: random.Random, asked: Deed) -> tuple[str, tuple[str, ...]]:
-    """Ask for one slot of a deed; return the question and the slots that it names."""
-    verb = word(rng, asked.verb)
+def say_question(rng: random.Random, asked: Statement) -> str:
+    """Ask for one part of a statement."""
+    deed, thing = asked.word(rng, "deed"), asked.word(rng, "object")
     kind = rng.choice(("who", "what", "where"))
     if kind == "who":
-        return f"who {verb} the {asked.thing}", ("verb", "thing")
+        return f"who {deed} the {asked.word(rng, 'look')} {thing}"
     if kind == "what":
-        return f"what was {participle(verb)} by {asked.person}", ("person", "verb")
-    return f"where was the {asked.thing} {participle(verb)}", ("verb", "thing")
+        return f"what was {participle(deed)} by the {asked.word(rng, 'role')}"
+    return f"where was the {thing} {participle(deed)}"
 
 
 def draw_similarity(rng: random.Random) -> Row:
-    """Two deeds and the number of their five places that mean the same, 0.0 to 5.0."""
-    shared = rng.randrange(len(Deed.SLOTS) + 1)
-    first = draw_deed(rng)
-    second = first.altered(rng, tuple(rng.sample(Deed.SLOTS, len(Deed.SLOTS) - shared)))
+    """Two statements and the number of their five parts that mean the same, 0.0 to 5.0."""
+    shared = rng.randrange(len(PARTS) + 1)
+    first = Statement.of(draw_trade(rng))
+    second = first.altered(rng, len(PARTS) - shared)
     return {"sentence1": first.say(rng), "sentence2": second.say(rng), "label": float(shared)}
 
 
 def draw_boolean(rng: random.Random) -> Row:
-    """A passage on three nouns and a question on one of them."""
-    nouns = rng.sample(NOUNS, 3)
-    states = [draw_state(rng, count=1, nouns=(noun,)) for noun in nouns]
-    passage = ". ".join(state.say(rng) for state in states)
-    asked = rng.choice(states)
+    """A passage, and a question whether something happened that it tells, or does not tell."""
+    trade = draw_trade(rng)
+    told = [Statement.of(trade).say(rng, order) for order in rng.sample(ORDERS, 2)]
     answer = rng.random() < 0.54
-    (quality,) = asked.qualities
-    said = quality if answer else quality.opposite()
-    question = f"was the {asked.noun} {word(rng, said.words)}"
-    return {"passage": passage, "question": question, "answer": answer}
+    asked = Statement.of(trade if answer else other_trade(rng, trade))
+    thing, deed = asked.word(rng, "object"), participle(asked.word(rng, "deed"))
+    return {
+        "passage": ". ".join(told),
+        "question": f"was the {thing} {deed} in the {asked.word(rng, 'place')}",
+        "answer": answer,
+    }
 
 
 def draw_choice(rng: random.Random) -> Row:
-    """What does a craftsman make? Three products to choose from, in three wordings."""
-    maker = rng.choice(tuple(MAKERS))
-    answer = MAKERS[maker]
-    choices = [answer, *rng.sample([made for made in MAKERS.values() if made != answer], 2)]
-    rng.shuffle(choices)
-    question = rng.choice(("what does a {} make", "a {} is somebody who makes", "{}s make"))
+    """A question on one trade, and three answers, of which one is of that trade."""
+    trade = draw_trade(rng)
+    known, asked = rng.choice((("role", "object"), ("role", "place"), ("object", "role")))
+    second = other_trade(rng, trade)
+    offered = [trade, second, other_trade(rng, trade, second)]
+    rng.shuffle(offered)
+    choices = [rng.choice(TRADES[offer][asked]) for offer in offered]
+    question = f"which {asked} belongs to the {rng.choice(TRADES[trade][known])}"
     return {
-        "question": question.format(maker),
+        "question": question,
         "choice1": choices[0],
         "choice2": choices[1],
         "choice3": choices[2],
-        "label": choices.index(answer),
+        "label": offered.index(trade),
     }
 
 

@@ -28,9 +28,7 @@ class SpanCorruption:
         self._rng = random.Random(seed)
         self._stream = documents(seed)
         self._count = documents_a_batch
-        self._sentinels = tokenizer.convert_tokens_to_ids(
-            [f"<extra_id_{i}>" for i in range(SENTINELS)]
-        )
+        self._sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(SENTINELS)])
 
     def batches(self) -> Iterator[Batch]:
         """Yield padded batches: `input_ids`, `attention_mask`, `labels` (-100 where padded)."""
@@ -39,11 +37,11 @@ class SpanCorruption:
             texts = list(islice(self._stream, self._count))
             encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
             pairs = [self.corrupt(ids) for ids in encoded]
-            inputs = _pad([source + [eos] for source, _ in pairs], pad)
+            inputs = _pad([[*source, eos] for source, _ in pairs], pad)
             yield {
                 "input_ids": inputs,
                 "attention_mask": (inputs != pad).long(),
-                "labels": _pad([target + [eos] for _, target in pairs], IGNORED),
+                "labels": _pad([[*target, eos] for _, target in pairs], IGNORED),
             }
 
     def corrupt(self, ids: list[int]) -> tuple[list[int], list[int]]:

@@ -81,7 +81,5 @@ def _save_t5(words: list[str], folder: Path) -> None:
     model = sentencepiece.SentencePieceProcessor(model_proto=_sentencepiece(words, 960, **ids))
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     vocab = [(piece, -10.0 - rank / len(pieces) / 100) for rank, piece in enumerate(pieces)]
-    tokenizer = T5Tokenizer(
-        vocab=vocab, extra_ids=SENTINELS, model_max_length=MAX_LENGTH, **_COMMON
-    )
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=SENTINELS, model_max_length=MAX_LENGTH, **_COMMON)
     tokenizer.save_pretrained(folder)

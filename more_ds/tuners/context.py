@@ -27,7 +27,8 @@ class TaskContext:
         self.merged_task: int | None = None
         self._masks: dict[str, Tensor | None] = {}
         self._pool_weights: dict[tuple[str, str], Tensor] = {}
-        self._terms: dict[str, dict[str, Tensor]] = {}
+        self._records: dict[str, dict[str, tuple[Tensor, ...]]] = {}
+        self._last_pool: tuple[Tensor, str, str, Tensor] | None = None
         self._held: dict[tuple[str, str], Tensor] = {}
         self._projections: dict[tuple[int, int, int, torch.device], Tensor] = {}
         self._recording = False
@@ -54,7 +55,8 @@ class TaskContext:
         self.task_ids = task_ids
         self._masks = {SOURCE: source, TARGET: target}
         self._pool_weights.clear()
-        self._terms.clear()
+        self._records.clear()
+        self._last_pool = None
         self._held.clear()
         self.losses.clear()
         self._recording = True
@@ -79,8 +81,15 @@ class TaskContext:
         """Pool (batch, length, width) over the prompt's real tokens to (batch, width).
 
         `how` is `mean`, `first` or `last`; `role` says which of the two masks belongs to `x`. Without a mask of
-        that length every position counts. Beams repeat their example's mask.
+        that length every position counts. Beams repeat their example's mask. Maps that read the same tensor one after
+        the other (queries, keys and values) share the result.
         """
+        last = self._last_pool
+        if last is None or last[0] is not x or last[1:3] != (role, how):
+            last = self._last_pool = (x, role, how, self._pool(x, role, how))
+        return last[3]
+
+    def _pool(self, x: Tensor, role: str, how: str) -> Tensor:
         mask = self._masks.get(role)
         if x.dim() != 3 or mask is None or mask.shape[1] != x.shape[1]:
             rows = x if x.dim() == 3 else x.unsqueeze(1)
@@ -100,17 +109,17 @@ class TaskContext:
         """The value kept by `hold` in this batch, or None."""
         return self._held.get((layer, adapter))
 
-    def record(self, layer: str, adapter: str, term: Tensor) -> None:
-        """Note a layer's auxiliary loss; the recomputation of a checkpointed layer is not counted again."""
+    def record(self, layer: str, adapter: str, *values: Tensor) -> None:
+        """Note what a layer's auxiliary loss is made of; the recomputation of a checkpointed layer is not noted."""
         if self._recording:
-            self._terms.setdefault(adapter, {})[layer] = term
+            self._records.setdefault(adapter, {})[layer] = values
 
-    def collect(self) -> dict[str, Tensor]:
-        """End the forward pass: the mean of the recorded terms over the layers, by adapter."""
+    def collect(self) -> dict[str, list[tuple[Tensor, ...]]]:
+        """End the forward pass: what the layers have noted, by adapter."""
         self._recording = False
-        means = {name: torch.stack(list(terms.values())).mean() for name, terms in self._terms.items()}
-        self._terms.clear()
-        return means
+        records = {name: list(layers.values()) for name, layers in self._records.items()}
+        self._records.clear()
+        return records
 
     def project(self, z: Tensor, width: int, seed: int) -> Tensor:
         """Map (batch, d) to (batch, width) by a fixed Gaussian matrix that depends on (d, width, seed) alone."""

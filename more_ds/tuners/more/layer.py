@@ -13,7 +13,6 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from more_ds.losses import contrastive_loss
 from more_ds.numerics import at_least_float32
 from more_ds.tuners.base import add_to_base, restore_base
 from more_ds.tuners.context import TARGET, TaskContext, repeat_rows
@@ -147,10 +146,7 @@ class MoreLinear(nn.Module, BaseTunerLayer):
             rows = self.context.rows(config.num_tasks, x.device)
             weights = self._weights_of_tasks(name, embeddings).index_select(0, rows)
         if self.training and self._contrasts(config):
-            pooled = self._pooled(name, x, config.pooling)
-            rows = repeat_rows(self.context.rows(config.num_tasks, x.device), len(pooled))
-            term = contrastive_loss(pooled, embeddings, rows, config.temperature)
-            self.context.record(self.key, name, term)
+            self.context.record(self.key, name, self._pooled(name, x, config.pooling), embeddings)
         weights = repeat_rows(weights, x.shape[0])
         weights = weights.view(weights.shape[0], *[1] * (x.dim() - 2), -1)
         hidden = self.more_A[name](self.more_dropout[name](x))

@@ -12,9 +12,10 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from more_ds.losses import IGNORED
+from more_ds.losses import IGNORED, contrastive_loss
 from more_ds.tuners.base import TASK_IDS
-from more_ds.tuners.context import SOURCE, TARGET, TaskContext
+from more_ds.tuners.context import SOURCE, TARGET, TaskContext, repeat_rows
+from more_ds.tuners.more.config import MoreConfig
 from more_ds.tuners.more.layer import MoreLinear
 
 CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
@@ -77,13 +78,24 @@ class MoreModel(BaseTuner):
         """
         self._begin(kwargs.pop(TASK_IDS, task_ids), prompt_mask, _named(args, kwargs))
         outputs = self.model(*args, **kwargs)
-        means = self.context.collect()
-        weighted = [self.peft_config[name].contrastive_weight * mean for name, mean in means.items()]
+        weighted = [self._contrast(self.peft_config[name], maps) for name, maps in self.context.collect().items()]
         if weighted:
             self.losses["contrastive"] = torch.stack(weighted).sum()
             if kwargs.get("labels") is not None:
                 outputs = self._add_to_loss(outputs, kwargs)
         return outputs
+
+    def _contrast(self, config: MoreConfig, maps: list[tuple[Tensor, ...]]) -> Tensor:
+        """lambda times the mean of the contrastive loss over the maps; maps of one shape in one operation."""
+        by_shape: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, ...]]] = {}
+        for pooled, embeddings in maps:
+            by_shape.setdefault((pooled.shape, embeddings.shape), []).append((pooled, embeddings))
+        total = maps[0][0].new_zeros(())
+        for alike in by_shape.values():
+            z, embeddings = (torch.stack(part) for part in zip(*alike, strict=True))
+            rows = repeat_rows(self.context.rows(config.num_tasks, z.device), z.shape[1])
+            total = total + contrastive_loss(z, embeddings, rows, config.temperature) * len(alike)
+        return config.contrastive_weight * total / len(maps)
 
     @property
     def losses(self) -> dict[str, Tensor]:
