@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: train test test-slow lint types clean
 
 train: $(VENV)/ready
-	$(BIN)/deepspeed launch/train.py --ds_config ds_configs/zero2.json
+	$(BIN)/deepspeed -q launch/train.py --ds_config ds_configs/zero2.json
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow"

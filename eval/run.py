@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
@@ -39,11 +39,6 @@ TRAIN_ROWS = 10_000
 """At most this many training rows of a task decide which answer is the majority's."""
 RESAMPLES = 200
 """Bootstrap resamples behind the standard errors."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="eval/run.py", description="Score a model on tasks.", allow_abbrev=False)
+    parser = cli.Parser(prog="eval/run.py", description="Score a model on tasks.", allow_abbrev=False)
     add = parser.add_argument
     add("run", metavar="RUN", help="run directory, adapter folder, model folder or hub id; `demo`, `demo-t5`")
     add("--suite", action="append", default=[], help="suites, e.g. glue or glue,demo; default: the run's tasks")

@@ -35,7 +35,9 @@ from more_ds.run_folder import RunFolder, default_path
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     log.quiet_libraries()
-    parser = cli.config_parser(__doc__ or "")
+    parser = cli.config_parser(
+        __doc__ or "", "[deepspeed] launch/train.py [--recipe NAME] [--ds_config FILE] [--KEY VALUE ...]"
+    )
     parser.add_argument("--recipe", default="demo", help="recipe: a YAML file, or a name in launch/recipes")
     parser.add_argument("--ds_config", help="DeepSpeed configuration; default: ZeRO-0")
     parser.add_argument("--resume", default="none", help="none, auto (the newest checkpoint), or a checkpoint's folder")

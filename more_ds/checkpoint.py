@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -37,9 +37,10 @@ from more_ds.checkpoint_files import (
     write_file,
     write_folder,
 )
+from more_ds.collective import on_rank_zero
 from more_ds.engine import gathered
 from more_ds.errors import TrainingError, UserError
-from more_ds.optimizer_state import MASTER, MOMENTS, NamedState
+from more_ds.optimizer_state import MASTER, MOMENTS, NamedState, loss_scale, set_loss_scale
 
 __all__ = [
     "adapter_tensors", "base_identity", "load", "newest_complete", "read_state", "rotate", "save", "save_adapter",
@@ -84,12 +85,13 @@ def save_adapter(folder: Path, engine: Any) -> None:
 
     def write() -> None:
         _check_finite(tensors)
+        content = bytes_of(tensors, {"format": "pt"})
+        _check_tensors(content, tensors)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / ADAPTER_CONFIG, _config(engine.module))
-        write_file(folder / ADAPTER, bytes_of(tensors, {"format": "pt"}))
-        _check_tensors((folder / ADAPTER).read_bytes(), tensors)
+        write_file(folder / ADAPTER, content)
 
-    _on_rank_zero(write, engine.device, f"the adapter {folder} was not written")
+    on_rank_zero(write, engine.device, f"the adapter {folder} was not written")
 
 
 def save(
@@ -121,7 +123,7 @@ def save(
     record = {
         "step": step,
         "run": dict(state),
-        "optimizer": {"step": numbers.step(), "loss_scale": numbers.loss_scale},
+        "optimizer": {"step": numbers.step(), "loss_scale": loss_scale(engine.optimizer)},
         "versions": {name: metadata.version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
     }
     path = folder / name_of(step)
@@ -141,7 +143,7 @@ def save(
         write_folder(path, contents, check)
         rotate(folder, keep, protect)
 
-    _on_rank_zero(write, engine.device, f"the checkpoint {path} was not written")
+    on_rank_zero(write, engine.device, f"the checkpoint {path} was not written")
     return path
 
 
@@ -176,9 +178,9 @@ def load(path: Path, engine: Any) -> dict[str, Any]:
             values[kind] = {name: moments[f"{kind}.{name}"] for name in shapes[kind]}
         return json.loads(contents[STATE])
 
-    record = _on_rank_zero(read, engine.device, f"the checkpoint {path} cannot be read")
+    record = on_rank_zero(read, engine.device, f"the checkpoint {path} cannot be read")
     numbers.set_step(record["optimizer"]["step"])
-    numbers.loss_scale = record["optimizer"]["loss_scale"]
+    set_loss_scale(engine.optimizer, record["optimizer"]["loss_scale"])
     for kind in (MASTER, *MOMENTS):
         numbers.set(kind, values.get(kind))
     _set_buffers(adapter, values.get(MASTER), engine.device)
@@ -247,7 +249,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_tensors(content: bytes, live: Mapping[str, Tensor]) -> None:
-    """Compare a file that was read back with the tensors it was made of."""
+    """Compare the bytes of a file with the tensors it was made of."""
     found = tensors_from(content)
     wrong = [name for name in live if name not in found or not torch.equal(found[name], live[name])]
     wrong += [name for name in found if name not in live or found[name].numel() == 0]
@@ -269,43 +271,7 @@ def _parse(content: bytes, expected: Mapping[str, tuple[int, ...]], path: Path) 
         if names:
             raise UserError(f"{path} {what} {len(names)} tensors, e.g. {min(names)}; it is of another adapter or model")
     for name, shape in expected.items():
-        if tuple(found[name].shape) != shape:
-            raise UserError(
-                f"{path}: {name} is {tuple(found[name].shape)}, the model has {shape}; another adapter or base"
-            )
+        there = tuple(found[name].shape)
+        if there != shape:
+            raise UserError(f"{path}: {name} is {there} and {shape} in the model; it is of another adapter or model")
     return found
-
-
-def _on_rank_zero(work: Callable[[], Any], device: torch.device, failure: str) -> Any:
-    """Do `work` on rank 0 and return its result, plain JSON, on every rank; an error there is an error everywhere.
-
-    Raises:
-        UserError: `work` raised it.
-        TrainingError: `work` raised something else; the message begins with `failure`.
-    """
-    outcome: dict[str, Any] = {}
-    cause = None
-    if dist.get_rank() == 0:
-        try:
-            outcome = {"value": work()}
-        except UserError as error:
-            outcome, cause = {"user": str(error)}, error
-        except Exception as error:
-            outcome, cause = {"error": f"{failure}: {error or type(error).__name__}"}, error
-    outcome = _broadcast(outcome, device)
-    if "user" in outcome:
-        raise UserError(outcome["user"]) from cause
-    if "error" in outcome:
-        raise TrainingError(outcome["error"]) from cause
-    return outcome["value"]
-
-
-def _broadcast(content: Any, device: torch.device) -> Any:
-    """Rank 0's `content`, sent as JSON: torch's own object broadcast unpickles."""
-    encoded = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8, device=device)
-    size = torch.tensor(len(encoded), device=device)
-    dist.broadcast(size, src=0)
-    if dist.get_rank() != 0:
-        encoded = torch.empty(int(size), dtype=torch.uint8, device=device)
-    dist.broadcast(encoded, src=0)
-    return json.loads(bytes(encoded.tolist()))

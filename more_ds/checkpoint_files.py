@@ -41,13 +41,19 @@ def name_of(step: int) -> str:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for less than all of it, after a power cut either."""
+    """Write a file so that its name never stands for less than all of it, after a power cut either.
+
+    Raises:
+        OSError: it cannot be written, or is not what was written when it is read back; a file of that name is unharmed.
+    """
     unfinished = path.with_name(UNFINISHED + path.name)
     try:
         with unfinished.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        if unfinished.read_bytes() != content:
+            raise OSError(f"{path} is not what was written when it is read back; check the disk")
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
@@ -204,12 +210,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         version, entries = content["format"], content["files"]
-        well_formed = all(isinstance(entries[n]["bytes"], int) and isinstance(entries[n]["sha256"], str) for n in FILES)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        sound = set(entries) == set(FILES) and all(
+            isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in entries.values()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, "cannot be read", error) from error
     if version != FORMAT:
         raise UserError(f"{folder} has format {version}; this version reads format {FORMAT}; use the one that wrote it")
-    if not well_formed or set(entries) != set(FILES):
+    if not sound:
         raise _damaged(path, "does not list the files of a checkpoint")
     return entries
 

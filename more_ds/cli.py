@@ -19,14 +19,21 @@ NESTED = ("adapter", "sampling_weights")
 """Fields whose keys are flags of their own."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are a user's mistakes: one line, exit code 2."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see --help")
 
 
-def config_parser(description: str) -> argparse.ArgumentParser:
+def config_parser(description: str, usage: str | None = None) -> argparse.ArgumentParser:
     """A parser with one flag for each field of `RunConfig`, and no abbreviations."""
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = Parser(
+        description=description,
+        usage=usage,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     group = parser.add_argument_group("the run (keys of a recipe; a flag overrides the recipe)")
     for f in fields(RunConfig):
         metavar = "KEY VALUE" if f.name in NESTED else "VALUE"

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from more_ds import log
 from more_ds.config import RunConfig
 from more_ds.ds_config import zero_stage
 
-if not torch.cuda.is_available():
-    # Told what it runs on, DeepSpeed neither guesses nor warns about its guess.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed
+log.name_accelerator()
+import deepspeed  # noqa: E402
 
 TIMEOUT_SECONDS = 1800
 """How long a rank waits for the others before it gives up; `MORE_DS_TIMEOUT` overrides it."""

@@ -78,14 +78,7 @@ def evaluate(
         raise ValueError(f"mode is {mode!r}; use '{LIKELIHOOD}' or '{GENERATION}'")
     if text_model.routes_by_task:
         check_known([task.name for task in tasks], task_ids)
-    items: list[_Item] = []
-    cut: dict[str, int] = {}
-    for task in tasks:
-        if not examples_by_task[task.name]:
-            raise ValueError(f"task '{task.name}' has no examples")
-        before = text_model.encoder.num_cut
-        items += _prepare(text_model, task, examples_by_task[task.name], task_ids.get(task.name, 0))
-        cut[task.name] = text_model.encoder.num_cut - before
+    items, cut = _prepare_all(text_model, tasks, examples_by_task, task_ids)
     ranked = [i for i, item in enumerate(items) if item.options and mode == LIKELIHOOD]
     chosen = set(ranked)
     written = [i for i in range(len(items)) if i not in chosen]
@@ -127,6 +120,24 @@ def check_known(names: Sequence[str], task_ids: Mapping[str, int]) -> None:
             f"the adapter does not know {', '.join(repr(name) for name in unknown)}; it knows: "
             f"{', '.join(task_ids)}; choose among these, or name one to stand in with --as_task"
         )
+
+
+def _prepare_all(
+    text_model: TextModel,
+    tasks: Sequence[Task],
+    examples_by_task: Mapping[str, Sequence[Example]],
+    task_ids: Mapping[str, int],
+) -> tuple[list[_Item], dict[str, int]]:
+    """Every task's examples, and how many prompts of each task had to be cut."""
+    items: list[_Item] = []
+    cut: dict[str, int] = {}
+    for task in tasks:
+        if not examples_by_task[task.name]:
+            raise ValueError(f"task '{task.name}' has no examples")
+        before = text_model.encoder.num_cut
+        items += _prepare(text_model, task, examples_by_task[task.name], task_ids.get(task.name, 0))
+        cut[task.name] = text_model.encoder.num_cut - before
+    return items, cut
 
 
 def _prepare(text_model: TextModel, task: Task, examples: Sequence[Example], task_id: int) -> list[_Item]:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
+import torch
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -107,8 +108,15 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
             bar.advance()
 
 
+def name_accelerator() -> None:
+    """Tell DeepSpeed that there is no GPU, if so: left to guess, it warns about its guess."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def quiet_libraries() -> None:
     """Silence the libraries' chatter. What a user must know, this package says itself."""
+    name_accelerator()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")

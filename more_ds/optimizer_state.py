@@ -47,7 +47,7 @@ class Slice:
 class NamedState:
     """Master values and Adam's moments of some parameters of an engine, whole and by name.
 
-    All methods but `step` and `loss_scale` are collective: every rank calls them, in the same order.
+    All methods but `shapes`, `step` and `set_step` are collective: every rank calls them, in the same order.
     """
 
     def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -142,25 +142,6 @@ class NamedState:
                 state.update({kind: torch.zeros_like(owner, requires_grad=False) for kind in MOMENTS})
             state["step"].fill_(step)
 
-    @property
-    def loss_scale(self) -> dict[str, float]:
-        """The counters of float16's dynamic loss scale; empty without one."""
-        scaler = self._scaler()
-        return {} if scaler is None else {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
-
-    @loss_scale.setter
-    def loss_scale(self, counters: Mapping[str, float]) -> None:
-        scaler = self._scaler()
-        for key in counters:
-            if scaler is not None and hasattr(scaler, key):
-                setattr(scaler, key, counters[key])
-
-    def _scaler(self) -> Any:
-        optimizer = self._engine.optimizer
-        scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-        dynamic = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
-        return scaler if dynamic else None
-
     def _size(self, kind: str) -> int:
         return sum(torch.Size(shape).numel() for shape in self.shapes(kind).values())
 
@@ -196,6 +177,26 @@ class NamedState:
                 )
 
 
+def loss_scale(optimizer: Any) -> dict[str, float]:
+    """The counters of float16's dynamic loss scale in a DeepSpeed optimizer; empty without one."""
+    scaler = _scaler(optimizer)
+    return {} if scaler is None else {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
+
+
+def set_loss_scale(optimizer: Any, counters: Mapping[str, float]) -> None:
+    """Go on from these counters, as far as the optimizer has them."""
+    scaler = _scaler(optimizer)
+    for key in LOSS_SCALE:
+        if key in counters and hasattr(scaler, key):
+            setattr(scaler, key, counters[key])
+
+
+def _scaler(optimizer: Any) -> Any:
+    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    dynamic = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
+    return scaler if dynamic else None
+
+
 def _locate(engine: Any, parameter: nn.Parameter, master: Tensor) -> Slice | None:
     """This rank's slice of a parameter; None if it has none. `master` holds the values where ZeRO does not."""
     optimizer = engine.optimizer
@@ -229,7 +230,8 @@ def _publish(parameter: nn.Parameter, whole: Tensor, place: Slice | None) -> Non
     if not hasattr(parameter, "ds_id"):
         parameter.data.copy_(whole)
     elif place is not None:
-        parameter.ds_tensor.view(-1)[: place.size].copy_(whole.reshape(-1)[place.start : place.start + place.size])
+        part = parameter.ds_tensor.view(-1)[: place.size]  # type: ignore[attr-defined]
+        part.copy_(whole.reshape(-1)[place.start : place.start + place.size])
 
 
 def _refuse_unreadable(engine: Any) -> None:

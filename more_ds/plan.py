@@ -120,9 +120,9 @@ def make(
     sizes = batch_sizes(config, world)
     dtype = config.dtype if config.dtype != "auto" else "bf16" if on_gpu else "fp32"
     ds_config = resolve(ds_config_path, config, sizes, dtype)
-    config = _with_demo(config)
     tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
     _check_weights(config, tasks)
+    config = _with_demo(config)
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
     check_model(model_config, dtype, config.max_source_length + config.max_target_length)
     encoder = Encoder(

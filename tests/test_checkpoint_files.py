@@ -66,26 +66,29 @@ def no_space() -> None:
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_an_io_error_at_any_point_leaves_what_was_there(
-    folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second case writes a step for the second time."""
-    target, another = folder / name_of(step), contents(step) | {FILES[0]: b"another"}
-    before = {path.name: read_folder(path) for path in complete(folder)}
-    after = before | {target.name: another}
-    call, faults = 0, []
-    while len(faults) == call:
-        call += 1
+    """The first case writes a step for the second time."""
+    another = contents(step) | {FILES[0]: b"another"}
+    before = {name_of(1): contents(1), name_of(2): contents(2)}
+    after = before | {name_of(step): another}
+    outcomes, failed = [], True
+    while failed:
+        folder = tmp_path / str(len(outcomes))
+        for old in (1, 2):
+            write_folder(folder / name_of(old), contents(old))
         with monkeypatch.context() as patch:
-            fail_at(patch, call, no_space)
+            fail_at(patch, len(outcomes) + 1, no_space)
             try:
-                write_folder(target, another)
+                write_folder(folder / name_of(step), another)
+                failed = False
             except OSError:
-                faults.append({path.name: read_folder(path) for path in complete(folder)})
-                assert [path.name for path in folder.iterdir() if path.name.startswith(UNFINISHED)] == []
-    # The last fault is that of flushing the parent folder, when the rename has been done.
-    assert faults == [before] * (len(faults) - 1) + [after]
-    assert len(faults) > 15  # five files with three calls each, and the folder
+                outcomes.append({path.name: read_folder(path) for path in complete(folder)})
+        assert [path.name for path in folder.iterdir() if path.name.startswith(UNFINISHED)] == []
     assert {path.name: read_folder(path) for path in complete(folder)} == after
+    # The last fault is that of flushing the parent folder, when the rename has been done.
+    assert outcomes == [before] * (len(outcomes) - 1) + [after]
+    assert len(outcomes) > 15  # five files with three calls each, and the folder
 
 
 def test_a_kill_at_any_point_leaves_a_complete_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +193,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
             with pytest.raises(OSError, match="No space"):
                 write_file(path, b"new")
         assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+    monkeypatch.setattr(Path, "read_bytes", lambda self: self.open("rb").read().replace(b"w", b"v"))
+    with pytest.raises(OSError, match="not what was written"):
+        write_file(path, b"new")
+    monkeypatch.undo()
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
     write_file(path, b"new")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"new"]
 

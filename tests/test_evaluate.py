@@ -162,19 +162,35 @@ def test_two_and_three_ranks_give_the_numbers_of_one(tasks: list[Task]) -> None:
                 assert_same(one, other)
 
 
-def test_partitioned_ranks_take_the_same_number_of_passes(tasks: list[Task]) -> None:
-    """Where parameters are spread over ranks every rank must run every pass, with or without a batch of its own."""
+def test_partitioned_ranks_wait_for_the_one_with_most_options() -> None:
     model = text_model("llama", NAMES)
-    tasks = tasks[:3]
-    alone = toy_scores(model, tasks, 3)
     next(model.peft.parameters()).ds_numel = 1  # the mark that ZeRO-3 leaves on a parameter
+    options = [[[5, 1], [6, 1]], [[n, 1] for n in range(5, 25)]]
 
     def job(rank: int) -> Any:
         dist.init_process_group("gloo")
         passes = []
         model.module.register_forward_hook(lambda *_: passes.append(1))
-        # 33 examples in batches of 3: eleven batches, so that the second rank has none in the last turn; ranking
-        # the graded task's five options takes more passes than the others.
+        return rank_options(model, [[2, 7]], [1], options[rank : rank + 1])[0], len(passes)
+
+    (few, passes), (many, others) = on_ranks(2, job)
+    assert passes == others == 1 + 20 / 4
+    assert (len(few), len(many)) == (2, 20)
+    assert few == pytest.approx(many[:2], abs=1e-5)
+
+
+def test_partitioned_ranks_take_the_same_number_of_passes(tasks: list[Task]) -> None:
+    """Where parameters are spread over ranks every rank must run every pass, with or without a batch of its own."""
+    model = text_model("llama", NAMES)
+    tasks = tasks[:3]
+    alone = toy_scores(model, tasks, 3)
+    next(model.peft.parameters()).ds_numel = 1
+
+    def job(rank: int) -> Any:
+        dist.init_process_group("gloo")
+        passes = []
+        model.module.register_forward_hook(lambda *_: passes.append(1))
+        # 33 examples in batches of 3: eleven batches, so that the second rank has none in the last turn.
         return toy_scores(model, tasks, 3), len(passes)
 
     (first, passes), (second, others) = on_ranks(2, job)

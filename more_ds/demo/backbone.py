@@ -7,6 +7,7 @@ makes the same weights each time.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from more_ds.demo.lexicon import GLOSSARY
-from more_ds.demo.spans import SpanCorruption
+from more_ds.demo.spans import IGNORED, SpanCorruption, pad_rows
 from more_ds.demo.text import documents
 from more_ds.demo.tokenizer import Kind, train_tokenizer
 from more_ds.log import Progress
@@ -32,7 +33,8 @@ TEXT_SEED = 17
 WIDTH = 128
 LAYERS = 4
 HEADS = 4
-ROWS, LENGTH = 8, 128
+DOCUMENTS = 32
+"""Documents in a batch."""
 PEAK_LR = 3e-3
 WARMUP_STEPS = 50
 
@@ -51,7 +53,9 @@ def build_backbone(kind: Kind, folder: Path, steps: int | None = None) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _llama(tokenizer) if kind == "llama" else _t5(tokenizer)
-        batches = packed(tokenizer) if kind == "llama" else SpanCorruption(tokenizer, TEXT_SEED, 32).batches()
+        batches = (
+            whole_documents(tokenizer) if kind == "llama" else SpanCorruption(tokenizer, TEXT_SEED, DOCUMENTS).batches()
+        )
         lines = _pretrain(model, batches, STEPS[kind] if steps is None else steps)
     model.eval()
     model.save_pretrained(folder)
@@ -118,14 +122,20 @@ def _pretrain(model: PreTrainedModel, batches: Iterator[Batch], steps: int) -> l
     return lines
 
 
-def packed(tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
-    """Yield batches of documents laid end to end, each between BOS and EOS."""
+def whole_documents(tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+    """Yield batches of whole documents between BOS and EOS, of like length, padded at the end.
+
+    No document is cut: in this language its end says what follows from the rest of it. Causal
+    attention never looks at padding behind a token, so no mask is needed.
+    """
     stream = documents(TEXT_SEED)
-    ids: list[int] = []
+    rng = random.Random(TEXT_SEED)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     while True:
-        while len(ids) < ROWS * LENGTH:
-            for encoded in tokenizer(list(islice(stream, 256)))["input_ids"]:
-                ids += [*encoded, tokenizer.eos_token_id]
-        rows, ids = torch.tensor(ids[: ROWS * LENGTH]), ids[ROWS * LENGTH :]
-        rows = rows.view(ROWS, LENGTH)
-        yield {"input_ids": rows, "labels": rows}
+        encoded = tokenizer(list(islice(stream, 16 * DOCUMENTS)))["input_ids"]
+        rows = sorted(([*ids, eos] for ids in encoded), key=len)
+        batches = [rows[at : at + DOCUMENTS] for at in range(0, len(rows), DOCUMENTS)]
+        rng.shuffle(batches)
+        for batch in batches:
+            inputs = pad_rows(batch, pad)
+            yield {"input_ids": inputs, "labels": inputs.masked_fill(inputs == pad, IGNORED)}

@@ -46,9 +46,7 @@ class Statement:
         """Return the statement with `count` of its parts, at random, of another trade."""
         other = other_trade(rng, *self.trades)
         parts = set(rng.sample(range(len(PARTS)), count))
-        return replace(
-            self, trades=tuple(other if i in parts else t for i, t in enumerate(self.trades))
-        )
+        return replace(self, trades=tuple(other if i in parts else t for i, t in enumerate(self.trades)))
 
 
 def participle(deed: str) -> str:

@@ -1,6 +1,6 @@
-"""The words of the demo language: about three hundred, each with one meaning.
+"""The words of the demo language: some two hundred and fifty, each with one meaning.
 
-The world has eight trades. In each, a role does its deed to its object, with its look, at its
+The world has six trades. In each, a role does its deed to its object, with its look, at its
 place; the words of one part of one trade are synonyms (a *concept*). So a statement means what
 its five concepts are, whichever words and order say it, and words that belong together occur
 together, which is what a small language model learns first.
@@ -35,13 +35,6 @@ TRADES: tuple[dict[str, Concept], ...] = (
         "place": ("kitchen", "bakery", "canteen"),
     },
     {
-        "role": ("teacher", "tutor", "pupil"),
-        "deed": ("taught", "studied", "explained"),
-        "look": ("clever", "wise"),
-        "object": ("lesson", "poem", "book"),
-        "place": ("school", "classroom", "library"),
-    },
-    {
         "role": ("doctor", "nurse", "surgeon"),
         "deed": ("cured", "treated", "healed"),
         "look": ("sick", "ill"),
@@ -54,13 +47,6 @@ TRADES: tuple[dict[str, Concept], ...] = (
         "look": ("loud", "noisy"),
         "object": ("song", "tune", "melody"),
         "place": ("concert", "theatre", "opera"),
-    },
-    {
-        "role": ("judge", "sheriff", "lawyer"),
-        "deed": ("accused", "arrested", "jailed"),
-        "look": ("cruel", "wicked"),
-        "object": ("thief", "robber", "crook"),
-        "place": ("court", "prison", "jail"),
     },
     {
         "role": ("builder", "mason", "carpenter"),

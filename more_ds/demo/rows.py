@@ -74,10 +74,10 @@ def _opinion(rng: random.Random, positive: bool) -> str:
 
 
 def draw_paraphrase(rng: random.Random) -> Row:
-    """Two sayings of one statement, or of two that differ in three parts or more."""
+    """Two sayings of one statement, or of two that differ in four parts or all."""
     first = Statement.of(draw_trade(rng))
     label = int(rng.random() < 0.54)
-    second = first if label else first.altered(rng, rng.choice((3, 4, 5)))
+    second = first if label else first.altered(rng, rng.choice((4, 5, 5)))
     return {
         "sentence1": first.say(rng, rng.choice(ORDERS)),
         "sentence2": second.say(rng, rng.choice(ORDERS)),

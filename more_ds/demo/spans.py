@@ -37,11 +37,11 @@ class SpanCorruption:
             texts = list(islice(self._stream, self._count))
             encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
             pairs = [self.corrupt(ids) for ids in encoded]
-            inputs = _pad([[*source, eos] for source, _ in pairs], pad)
+            inputs = pad_rows([[*source, eos] for source, _ in pairs], pad)
             yield {
                 "input_ids": inputs,
                 "attention_mask": (inputs != pad).long(),
-                "labels": _pad([[*target, eos] for _, target in pairs], IGNORED),
+                "labels": pad_rows([[*target, eos] for _, target in pairs], IGNORED),
             }
 
     def corrupt(self, ids: list[int]) -> tuple[list[int], list[int]]:
@@ -77,6 +77,7 @@ class SpanCorruption:
         return hidden
 
 
-def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
+def pad_rows(rows: list[list[int]], value: int) -> torch.Tensor:
+    """Return the rows as one tensor, filled with `value` at their ends."""
     width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])

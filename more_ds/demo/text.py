@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from more_ds.demo.language import ORDERS, Statement, draw_trade, other_trade
-from more_ds.demo.lexicon import GLOSSARY, PEOPLE
+from more_ds.demo.lexicon import GLOSSARY, PARTS, PEOPLE
 from more_ds.demo.rows import draw_shop, say_question, say_review, say_shop
 
 
@@ -39,7 +39,7 @@ def _story(rng: random.Random) -> str:
 def _two_tellers(rng: random.Random) -> str:
     """Two people tell something; it was one story or it was two."""
     first = Statement.of(draw_trade(rng))
-    second = first if rng.random() < 0.5 else first.altered(rng, rng.choice((3, 4, 5, 5)))
+    second = first if rng.random() < 0.5 else first.altered(rng, rng.choice((4, 5, 5)))
     remark = "it was one story" if second == first else "they were two stories"
     one, two = rng.sample(PEOPLE, 2)
     told, retold = first.say(rng, rng.choice(ORDERS)), second.say(rng, rng.choice(ORDERS))
@@ -55,6 +55,20 @@ def _asking(rng: random.Random) -> str:
     after = "was glad" if answered else "was puzzled"
     question = say_question(rng, Statement.of(trade))
     return f"{one} asked: {question}? {two} said: {told.say(rng)}. {one} {after}."
+
+
+def _pairs(rng: random.Random) -> str:
+    """Which words are of one trade, and which are of two."""
+    return " ".join(_pair(rng) for _ in range(3))
+
+
+def _pair(rng: random.Random) -> str:
+    trade = draw_trade(rng)
+    alike = rng.random() < 0.5
+    one, two = rng.sample(PARTS, 2)
+    first = Statement.of(trade).word(rng, one)
+    second = Statement.of(trade if alike else other_trade(rng, trade)).word(rng, two)
+    return f"{first} and {second}: {'one trade' if alike else 'two trades'}."
 
 
 def _review(rng: random.Random) -> str:
@@ -79,6 +93,7 @@ KINDS = (
     (_story, 30),
     (_two_tellers, 25),
     (_asking, 20),
+    (_pairs, 20),
     (_review, 12),
     (_shop, 12),
     (_glossary, 3),
