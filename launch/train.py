@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from more_ds import cli, log, plan, report
+from more_ds import checkpoint, cli, log, plan, report
 from more_ds.checkpoint_files import read_state
 from more_ds.config import build, read_recipe
 from more_ds.ds_config import with_monitors
@@ -55,15 +55,18 @@ def train(arguments: Any, flags: dict[str, Any]) -> None:
     ranks = Ranks()
     folder = RunFolder(Path(config.output_dir or default_path(arguments.recipe)))
     resumed = folder.find_checkpoint(arguments.resume)
+    saved = read_state(resumed) if resumed else None
     the_plan = plan.make(
         config,
         ds_config_path=arguments.ds_config,
         world=ranks.world,
         on_gpu=ranks.on_gpu,
-        group_size=read_state(resumed)["sampler"]["plan"]["group_size"] if resumed else None,
+        group_size=saved["sampler"]["plan"]["group_size"] if saved else None,
         trust_remote_code=arguments.trust_remote_code,
     )
     folder.check(the_plan.config, resume=arguments.resume != "none")
+    if saved:
+        folder.check_base(saved["base"], the_plan.config)
     log.say(report.header(the_plan, ranks, str(folder.path)) + "\n")
     log.say(report.sampling(the_plan) + "\n")
     if arguments.dry_run:
@@ -83,7 +86,7 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, trust_remote_cod
     if ranks.rank == 0:
         folder.create(config, ds_config)
     sharding = shard_while_loading(ds_config)
-    base = load_base(
+    base: Any = load_base(
         config.model,
         the_plan.model_config,
         dtype=the_plan.dtype,
@@ -93,12 +96,13 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, trust_remote_cod
         trust_remote_code=trust_remote_code,
     )
     torch.manual_seed(config.seed)
-    model = attach(base, the_plan.adapter)
+    model: Any = attach(base, the_plan.adapter)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = start(model, config, ds_config, ranks)
     del sharding
+    checkpoint.adapter_tensors(engine)  # what could not be saved later is refused now
     return Run(the_plan, ranks, folder, TextModel(engine, the_plan.encoder))
 
 

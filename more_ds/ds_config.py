@@ -110,8 +110,9 @@ def resolve(path: str | None, config: RunConfig, sizes: BatchSizes, dtype: str) 
             result[section] = value
     result.setdefault("zero_optimization", {}).setdefault("stage", 0)
     result.setdefault("steps_per_print", 1_000_000_000)
-    if dtype != "fp32":
-        # Gradients of several micro-batches are summed in float32, or small ones vanish in the sum.
+    if dtype != "fp32" and zero_stage(result) > 0:
+        # Gradients of several micro-batches are summed in float32, or small ones vanish in the sum. (Without ZeRO,
+        # DeepSpeed always does so, and refuses to be told.)
         result.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     left = [key for key, value in _leaves(result) if value == "auto"]
     if left:

@@ -47,8 +47,8 @@ class Ranks:
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("MASTER_PORT", str(free_port()))
-        # Its C++ build takes a minute, and training does not use the op.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Asked which of its C++ ops could be built, DeepSpeed runs the compiler. Training uses none of them.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         seconds = float(os.environ.get("MORE_DS_TIMEOUT", TIMEOUT_SECONDS))
         deepspeed.init_distributed(
             "nccl" if self.on_gpu else "gloo",

@@ -119,6 +119,8 @@ def make(
     """
     sizes = batch_sizes(config, world)
     dtype = config.dtype if config.dtype != "auto" else "bf16" if on_gpu else "fp32"
+    if dtype == "fp16" and not on_gpu:
+        raise UserError("fp16 needs a GPU; use --dtype bf16 or fp32")
     ds_config = resolve(ds_config_path, config, sizes, dtype)
     tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
     _check_weights(config, tasks)

@@ -14,7 +14,6 @@ from torch import Tensor
 from more_ds import checkpoint, log, report
 from more_ds.checkpoint_files import base_identity, name_of
 from more_ds.engine import Ranks, gathered
-from more_ds.errors import UserError
 from more_ds.evaluate import evaluate
 from more_ds.mixture import Mixture
 from more_ds.model import TextModel
@@ -55,6 +54,7 @@ class Run:
         self.engine: Any = text_model.module
         self.mixture = Mixture(plan.train, plan.sampler, plan.encoder, text_model.collator)
         self.progress = Progress()
+        self.base = base_identity(plan.config.model, plan.config.revision)
         self.task_ids = {name: i for i, name in enumerate(plan.task_names)}
         self.train_golds = {t.name: [e.gold for e in rows] for t, rows in zip(plan.tasks, plan.train, strict=True)}
 
@@ -91,7 +91,7 @@ class Run:
             self.folder.checkpoints,
             self.engine,
             state.step,
-            {"progress": asdict(state), "sampler": self.plan.sampler.state_dict(), "base": self._base()},
+            {"progress": asdict(state), "sampler": self.plan.sampler.state_dict(), "base": self.base},
             keep=config.save_total_limit,
             protect=[self._checkpoint(state.best_step)],
         )
@@ -105,11 +105,9 @@ class Run:
         """Go on from a checkpoint.
 
         Raises:
-            UserError: it is damaged, or of another model or sampling plan.
+            UserError: it is damaged, or of another adapter or sampling plan.
         """
         state = checkpoint.load(path, self.engine)
-        if state["base"]["sha256"] != self._base()["sha256"]:
-            raise UserError(f"{path} was trained on another base model, {state['base']}; this one is {self._base()}")
         self.progress = Progress(**state["progress"])
         self.plan.sampler.load_state_dict(state["sampler"])
         if self.ranks.rank == 0:
@@ -175,9 +173,6 @@ class Run:
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder.checkpoints / name_of(step)
-
-    def _base(self) -> dict[str, Any]:
-        return base_identity(self.plan.config.model, self.plan.config.revision)
 
     def _say_what_was_cut(self) -> None:
         encoder = self.plan.encoder

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from more_ds.checkpoint_files import is_complete, newest_complete
+from more_ds.checkpoint_files import base_identity, is_complete, newest_complete
 from more_ds.config import RunConfig
 from more_ds.errors import UserError
 
@@ -70,6 +70,20 @@ class RunFolder:
         if not is_complete(Path(which)):
             raise UserError(f"--resume {which} is no complete checkpoint; name a folder in checkpoints/, auto or none")
         return Path(which)
+
+    def check_base(self, saved: dict[str, Any], config: RunConfig) -> None:
+        """Refuse to go on from a checkpoint on another base model.
+
+        Args:
+            saved: what `base_identity` said when the checkpoint was written.
+            config: the run.
+
+        Raises:
+            UserError: the weights differ.
+        """
+        now = base_identity(config.model, config.revision)
+        if saved["sha256"] != now["sha256"]:
+            raise UserError(f"the checkpoint in {self.path} was trained on another base model, {saved}, not on {now}")
 
     def create(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
         """Write what the run is made of."""

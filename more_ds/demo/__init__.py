@@ -3,6 +3,6 @@
 Nothing is downloaded. The first call to `prepare` takes about a minute, later ones none.
 """
 
-from more_ds.demo.prepare import DemoPaths, prepare
+from more_ds.demo.cache import DemoPaths, prepare
 
 __all__ = ["DemoPaths", "prepare"]

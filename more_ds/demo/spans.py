@@ -23,11 +23,11 @@ class SpanCorruption:
     end: in this language that is where a document says what follows from the rest of it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, documents_a_batch: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, count: int):
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
         self._stream = documents(seed)
-        self._count = documents_a_batch
+        self._count = count
         self._sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(SENTINELS)])
 
     def batches(self) -> Iterator[Batch]:
