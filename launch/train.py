@@ -64,6 +64,7 @@ def train(arguments: Any, flags: dict[str, Any]) -> None:
         group_size=saved["sampler"]["plan"]["group_size"] if saved else None,
         trust_remote_code=arguments.trust_remote_code,
     )
+    ranks.spare_threads(the_plan.model_config.hidden_size)
     folder.check(the_plan.config, resume=arguments.resume != "none")
     if saved:
         folder.check_base(saved["base"], the_plan.config)

@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from more_ds.demo import DemoPaths, prepare
+from more_ds.demo.cache import fingerprint
 from more_ds.demo.generate import HELD_OUT, TRAIN_ROWS, input_key, task_rows, write_tasks
 from more_ds.demo.lexicon import GLOSSARY, TRADES
-from more_ds.demo.cache import fingerprint
 from more_ds.demo.spans import SpanCorruption
 from more_ds.demo.text import documents
 from more_ds.demo.tokenizer import train_tokenizer
@@ -130,7 +130,8 @@ def test_labels_follow_from_the_words(rows: dict) -> None:
     for row in rows["multiple_choice"]["train"]:
         (asked,) = trades(row["question"])
         right = [trade[row[f"choice{i}"]] == asked for i in (1, 2, 3)]
-        assert right.count(True) == 1 and right[row["label"]]
+        assert right.count(True) == 1
+        assert right[row["label"]]
 
 
 def test_references_tell_all_the_data(rows: dict) -> None:
@@ -159,14 +160,16 @@ def test_tokenizer(kind: str, rows: dict, tmp_path: Path) -> None:
         folder.mkdir()
         tokenizer = train_tokenizer(kind, texts, folder)
     assert digest(folders[0]) == digest(folders[1])
-    for text in texts[:200] + [rows["data_to_text"]["test"][0]["meaning_representation"]]:
+    for text in [*texts[:200], rows["data_to_text"]["test"][0]["meaning_representation"]]:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
         if kind == "llama":
-            assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+            assert ids.count(tokenizer.bos_token_id) == 1
+            assert ids[0] == tokenizer.bos_token_id
             assert tokenizer.eos_token_id not in ids
         else:
-            assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+            assert ids.count(tokenizer.eos_token_id) == 1
+            assert ids[-1] == tokenizer.eos_token_id
     answers = ("yes", "no", "3.0", "entailment", "contradiction", "unacceptable", "irrelevant")
     for word in answers:
         assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1, word
@@ -192,7 +195,8 @@ def test_span_corruption_hides_and_gives_back(tmp_path: Path) -> None:
                 last.append(token)
         restored = [piece for token in source for piece in gaps.get(token, [token])]
         assert restored == ids
-        assert 0 < len(gaps) and len(source) > len(gaps)
+        assert len(gaps) > 0
+        assert len(source) > len(gaps)
 
 
 def test_backbone_loads_and_is_reproducible(demo: DemoPaths, tmp_path: Path) -> None:
@@ -222,7 +226,8 @@ def test_t5_learns_to_fill_gaps(tmp_path: Path) -> None:
     batch = next(SpanCorruption(tokenizer, seed=99, count=16).batches())
     with torch.no_grad():
         loss = model(**batch).loss.item()
-    assert lines and loss < 0.9 * torch.tensor(float(len(tokenizer))).log().item()
+    assert lines
+    assert loss < 0.9 * torch.tensor(float(len(tokenizer))).log().item()
 
 
 def test_second_call_builds_nothing(demo: DemoPaths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,9 +246,10 @@ def test_a_failed_build_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("more_ds.demo.cache.build_backbone", broken)
-        prepare(cache_dir=tmp_path, steps=STEPS)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(cache_dir=tmp_path, steps=STEPS)
     model_dir = prepare(cache_dir=tmp_path, steps=STEPS).model_dir
     assert (model_dir / "model.safetensors").is_file()
     assert not list(model_dir.parent.glob("*.building"))
@@ -256,12 +262,14 @@ def test_a_killed_build_leaves_no_lock_and_nothing_complete(tmp_path: Path) -> N
     try:
         limit = time.monotonic() + 120
         while not (building / "tokenizer.json").is_file():
-            assert process.poll() is None and time.monotonic() < limit
+            assert process.poll() is None
+            assert time.monotonic() < limit
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert building.is_dir() and not building.with_suffix("").exists()
+    assert building.is_dir()
+    assert not building.with_suffix("").exists()
     paths = prepare(cache_dir=tmp_path, steps=STEPS)
     assert (paths.model_dir / "model.safetensors").is_file()
 

@@ -28,7 +28,7 @@ class SpanCorruption:
         self._rng = random.Random(seed)
         self._stream = documents(seed)
         self._count = count
-        self._sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(SENTINELS)])
+        self._sentinels = [tokenizer.get_vocab()[f"<extra_id_{i}>"] for i in range(SENTINELS)]
 
     def batches(self) -> Iterator[Batch]:
         """Yield padded batches: `input_ids`, `attention_mask`, `labels` (-100 where padded)."""
