@@ -125,7 +125,9 @@ def test_two_ranks_on_different_tasks_equal_one_process(place: Path, one_process
     assert_same_run(one_process, output)
 
 
-@pytest.mark.parametrize("ds_config", ["zero3", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize(
+    "ds_config", ["zero3_offload", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "zero2_offload"))]
+)
 def test_shipped_configurations_equal_one_process(place: Path, one_process: Path, ds_config: str) -> None:
     output = place / ds_config
     on_ranks(2, argv(place, output, ds_config=ds_config))
@@ -156,7 +158,15 @@ def stop_after_the_first_checkpoint() -> Any:
     return mock.patch.object(Run, "save", save)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        (2, "fp32"),
+        (3, "fp32"),
+        pytest.param(0, "fp32", marks=pytest.mark.slow),
+        pytest.param(2, "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bytes(place: Path, stage: int, dtype: str) -> None:
     whole, cut = place / f"whole-{stage}-{dtype}", place / f"cut-{stage}-{dtype}"
     ds_config = str(zero_stage_file(place, stage))
