@@ -104,7 +104,8 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
 def one_process(place: Path) -> Path:
     """The reference: one process, no sharding, four micro-batches a step."""
     output = place / "one"
-    on_ranks(1, argv(place, output, ds_config=str(zero_stage_file(place, 0))))
+    # All rows are scored, as the standalone evaluation does.
+    on_ranks(1, argv(place, output, "--eval_limit", "none", ds_config=str(zero_stage_file(place, 0))))
     return output
 
 
