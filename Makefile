@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Left to guess, the launcher warns that it found no GPU.
+ifeq ($(wildcard /dev/nvidiactl),)
+export DS_ACCELERATOR ?= cpu
+endif
 
 .PHONY: train test test-slow lint types clean
 

@@ -28,7 +28,7 @@ from more_ds.demo.text import documents
 from more_ds.demo.tokenizer import Kind, train_tokenizer
 from more_ds.log import Progress
 
-STEPS = {"llama": 900, "t5": 900}
+STEPS = {"llama": 900, "t5": 500}
 TEXT_SEED = 17
 WIDTH = 128
 LAYERS = 4
