@@ -139,17 +139,7 @@ def make(
     trainable, frozen, maps = _count(model_config, adapter, trust_remote_code)
     train = [expand(_load(config, task, "train", config.train_limit)) for task in tasks]
     validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
-    sampler = BalancedSampler(
-        [len(examples) for examples in train],
-        strategy=config.sampling,
-        scope=config.sampling_scope,
-        group_size=group_size or sizes.micro,
-        groups_per_step=sizes.total // (group_size or sizes.micro),
-        seed=config.seed,
-        temperature=config.sampling_temperature,
-        weights=[config.sampling_weights[task.name] for task in tasks] if config.sampling_weights else None,
-        names=[task.name for task in tasks],
-    )
+    sampler = _sampler(config, tasks, train, sizes, group_size or sizes.micro)
     total = config.max_steps or math.ceil(config.num_train_epochs * sampler.steps_per_epoch)
     return Plan(
         config=config,
@@ -169,6 +159,22 @@ def make(
         sampler=sampler,
         total_steps=total,
         eval_steps=min(config.eval_steps or sampler.steps_per_epoch, total),
+    )
+
+
+def _sampler(
+    config: RunConfig, tasks: Sequence[Task], train: Sequence[Sequence[Example]], sizes: BatchSizes, group_size: int
+) -> BalancedSampler:
+    return BalancedSampler(
+        [len(examples) for examples in train],
+        strategy=config.sampling,
+        scope=config.sampling_scope,
+        group_size=group_size,
+        groups_per_step=sizes.total // group_size,
+        seed=config.seed,
+        temperature=config.sampling_temperature,
+        weights=[config.sampling_weights[task.name] for task in tasks] if config.sampling_weights else None,
+        names=[task.name for task in tasks],
     )
 
 
