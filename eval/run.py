@@ -22,7 +22,6 @@ import torch.distributed as dist
 
 from more_ds import cli, demo, log
 from more_ds.data import load_examples
-from more_ds.demo.tokenizer import Kind
 from more_ds.errors import UserError, suggest
 from more_ds.evaluate import check_known, evaluate
 from more_ds.loading import Subject, find_subject, load_text_model
@@ -34,7 +33,6 @@ from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example
 
 MODES = {LIKELIHOOD: (LIKELIHOOD,), GENERATION: (GENERATION,), "both": (LIKELIHOOD, GENERATION)}
-DEMO_MODELS: dict[str, Kind] = {"demo": "llama", "demo-t5": "t5"}
 TRAIN_ROWS = 10_000
 """At most this many training rows of a task decide which answer is the majority's."""
 RESAMPLES = 200
@@ -223,7 +221,7 @@ def _data_dir(arguments: argparse.Namespace, run: Mapping[str, Any], task: Task)
 
 def _demo_model(name: str) -> str:
     """The folder of the embedded backbone for its name; any other name as it is."""
-    return str(demo.prepare(DEMO_MODELS[name]).model_dir) if name in DEMO_MODELS else name
+    return str(demo.prepare(demo.MODELS[name]).model_dir) if name in demo.MODELS else name
 
 
 def _evaluate(arguments: argparse.Namespace, plan: _Plan, text_model: TextModel) -> list[TaskResult]:

@@ -16,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from more_ds import log
+from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG
 from more_ds.encoding import Encoder
 from more_ds.errors import UserError
 from more_ds.model import TextModel, check_model, load_base, load_tokenizer, read_model_config
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SLOTS = ("best", "last")
 """Where a run keeps its adapters, the better one first."""
 SOURCE_LENGTH = 384
@@ -142,9 +141,9 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
         UserError: no weights, damaged weights, weights of another shape, missing or left-over tensors, or values
             that are not finite.
     """
-    path = folder / ADAPTER_WEIGHTS
+    path = folder / ADAPTER
     if not path.is_file():
-        raise UserError(f"no {ADAPTER_WEIGHTS} in {folder}; only safetensors are read; save the adapter again")
+        raise UserError(f"no {ADAPTER} in {folder}; only safetensors are read; save the adapter again")
     try:
         with safe_open(path, framework="pt") as file:
             saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

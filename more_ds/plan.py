@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from more_ds import demo
 from more_ds.config import RunConfig
 from more_ds.data import load_examples
-from more_ds.demo.tokenizer import Kind
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.encoding import Encoder
 from more_ds.errors import UserError, suggest
@@ -31,9 +30,6 @@ from more_ds.model import (
 from more_ds.sampler import BalancedSampler
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
-
-DEMO_MODELS: dict[str, Kind] = {"demo": "llama", "demo-t5": "t5"}
-"""Name of an embedded backbone -> its kind."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +176,8 @@ def _sampler(
 
 def _with_demo(config: RunConfig) -> RunConfig:
     """Put the demo's folders in the place of its names; they are made on first use."""
-    if config.model in DEMO_MODELS:
-        paths = demo.prepare(DEMO_MODELS[config.model])
+    if config.model in demo.MODELS:
+        paths = demo.prepare(demo.MODELS[config.model])
         config = replace(config, model=str(paths.model_dir))
         if config.data_dir is None and "demo" in config.suite:
             config = replace(config, data_dir=str(paths.data_dir))

@@ -14,11 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from more_ds.checkpoint_files import base_identity, is_complete, newest_complete
+from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG, base_identity, is_complete, newest_complete
 from more_ds.config import RunConfig
 from more_ds.errors import UserError
-
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 NOT_DECISIVE = ("output_dir", "report_to", "save_total_limit", "logging_steps", "per_device_eval_batch_size",
                 "per_device_train_batch_size", "gradient_accumulation_steps")  # fmt: skip
@@ -111,7 +109,7 @@ def publish(checkpoint: Path, place: Path) -> None:
     for left_over in (fresh, old):
         shutil.rmtree(left_over, ignore_errors=True)
     fresh.mkdir()
-    for name in ADAPTER_FILES:
+    for name in (ADAPTER, ADAPTER_CONFIG):
         shutil.copy2(checkpoint / name, fresh / name)
     if place.exists():
         os.replace(place, old)

@@ -4,5 +4,9 @@ Nothing is downloaded. The first call to `prepare` takes about a minute, later o
 """
 
 from more_ds.demo.cache import DemoPaths, prepare
+from more_ds.demo.tokenizer import Kind
 
-__all__ = ["DemoPaths", "prepare"]
+MODELS: dict[str, Kind] = {"demo": "llama", "demo-t5": "t5"}
+"""Name under which a backbone is asked for -> its kind."""
+
+__all__ = ["MODELS", "DemoPaths", "prepare"]
