@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,47 +11,40 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.modeling_outputs import BaseModelOutput
 
+from more_ds import answer_tree
+from more_ds.answer_tree import Tree
 from more_ds.collate import Batch, positions
-from more_ds.losses import IGNORED, label_nll
+from more_ds.losses import label_nll
 from more_ds.model import TextModel
+from more_ds.numerics import at_least_float32
 
 ROWS_PER_PROMPT = 4
-"""At most this many times the batch's rows run at once, however many answers there are: the batch bounds the memory."""
+"""At most this many times the batch's rows run at once where answers run with their prompts, to bound the memory."""
+TREE_TOKENS = 512
+"""At most this many tokens of answers stand beside a prompt; more of them take further passes."""
+RELATIVE_DECODERS = ("t5", "mt5", "umt5")
+"""Encoder-decoders whose decoder knows distances between tokens alone, so that branches may stand side by side."""
+MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Layers, as transformers names them, that mix tokens by nothing but a masked attention."""
 
-
-@dataclass(frozen=True)
-class _Prefix:
-    """The prompts' computation: everything that their answers share.
-
-    Attributes:
-        batch: the prompts' tensors.
-        logits: (batch, vocabulary) of the first token after the prompt.
-        cache: keys and values of the prompts (of the encoder and the decoder's start).
-        encoder_state: (batch, length, width); None for a causal model.
-    """
-
-    batch: Batch
-    logits: Tensor
-    cache: Any
-    encoder_state: Tensor | None
+Options = Sequence[Sequence[Sequence[int]]]
 
 
 def rank_options(
     text_model: TextModel,
     prompts: Sequence[Sequence[int]],
     task_ids: Sequence[int],
-    options: Sequence[Sequence[Sequence[int]]],
+    options: Options,
     *,
     normalise: bool = False,
 ) -> list[list[float]]:
     """The log-likelihood of every option of every example, exact.
 
-    A prompt is computed once: its keys and values (and the encoder's output) are repeated for its options, which then
-    cost their own tokens alone. Options of all examples are one flat list of rows, so that their number may vary.
-    Where answers cannot continue a cache (a gate on the pooled input, prompt tuning, recurrent models), every option
-    runs with its prompt. Every rank of a ZeRO-3 group takes the same number of forward passes; each must call.
+    The options of an example stand as a tree beside its prompt (`more_ds.answer_tree`): one forward pass computes the
+    prompt once and every shared token once. Where a model cannot be told who sees whom (a gate on the pooled input,
+    prompt tuning, recurrent layers, a sliding window shorter than the text, decoders with absolute positions), every
+    option runs with its prompt. Every rank of a ZeRO-3 group takes the same number of forward passes; each must call.
 
     Args:
         text_model: the model.
@@ -71,27 +62,40 @@ def rank_options(
     if not all(row and all(row) for row in options):
         raise ValueError("every example needs options, and every option needs tokens")
     with _evaluating(text_model):
-        rows = [i for i, own in enumerate(options) for _ in own]
-        flat = [option for own in options for option in own]
-        # Options of like length run together, so that short ones are not padded to the longest.
-        order = sorted(range(len(flat)), key=lambda j: -len(flat[j]))
-        size = ROWS_PER_PROMPT * len(prompts)
-        chunks = [order[at : at + size] for at in range(0, len(order), size)]
-        prefix = _prefill(text_model, prompts, task_ids) if _shares_prompts(text_model) else None
-        scores: dict[int, float] = {}
-        passes = _agree(text_model, len(chunks))
-        for i in range(passes):
-            chunk = chunks[i] if i < len(chunks) else chunks[0]
-            chosen, answers = [rows[j] for j in chunk], [flat[j] for j in chunk]
-            if prefix is None:
-                texts, tasks = [prompts[j] for j in chosen], [task_ids[j] for j in chosen]
-                nll, count = _whole_nll(text_model, texts, answers, tasks)
-            else:
-                nll, count = _cached_nll(text_model, prefix, chosen, answers, last=i == passes - 1)
-            if i < len(chunks):
-                scores.update(zip(chunk, (-nll / count if normalise else -nll).tolist(), strict=True))
-    numbers = iter(range(len(flat)))
-    return [[scores[next(numbers)] for _ in own] for own in options]
+        if takes_trees(text_model):
+            with _masked_attention(text_model):
+                scores = _rank_in_trees(text_model, prompts, task_ids, options)
+        else:
+            scores = _rank_with_prompts(text_model, prompts, task_ids, options)
+    if normalise:
+        return [
+            [score / len(o) for score, o in zip(row, own, strict=True)]
+            for row, own in zip(scores, options, strict=True)
+        ]
+    return scores
+
+
+def takes_trees(text_model: TextModel) -> bool:
+    """Whether all options of an example can be scored in one pass, beside their prompt.
+
+    A pooled gate chooses its experts from a prompt that must stand alone; prompt tuning adds rows that the mask would
+    not know; layers that are no attention mix whatever stands in the row.
+    """
+    config: Any = text_model.config
+    if getattr(text_model.base, "_is_stateful", False) or getattr(config, "alibi", False):
+        return False
+    if isinstance(text_model.peft, PeftModel):
+        adapter = text_model.peft.active_peft_config
+        if adapter.is_prompt_learning or getattr(adapter, "gate_input", "task") != "task":
+            return False
+    if text_model.is_encoder_decoder:
+        return config.model_type in RELATIVE_DECODERS
+    if not text_model.takes_positions:
+        return False
+    room = text_model.encoder.max_source_length + text_model.encoder.max_target_length
+    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")]
+    layers = getattr(config, "layer_types", None) or ()
+    return all(w is None or w >= room for w in windows) and set(layers) <= MASKED_LAYERS
 
 
 def generate(
@@ -140,56 +144,81 @@ def _agree(text_model: TextModel, passes: int) -> int:
     return int(most)
 
 
-def _shares_prompts(text_model: TextModel) -> bool:
-    """Whether answers can continue their prompt's cache."""
-    if getattr(text_model.base, "_is_stateful", False):
-        return False
-    if not isinstance(text_model.peft, PeftModel):
-        return True
-    adapter = text_model.peft.active_peft_config
-    # A pooled gate chooses its experts from the prompt, which is out of sight when the answer runs alone.
-    return not adapter.is_prompt_learning and getattr(adapter, "gate_input", "task") == "task"
-
-
-def _prefill(text_model: TextModel, prompts: Sequence[Sequence[int]], task_ids: Sequence[int]) -> _Prefix:
+def _rank_in_trees(
+    text_model: TextModel, prompts: Sequence[Sequence[int]], task_ids: Sequence[int], options: Options
+) -> list[list[float]]:
     batch = _to(text_model, text_model.collator.prompts(prompts, task_ids))
-    inputs: dict[str, Any] = {key: batch[key] for key in ("input_ids", "attention_mask")} | text_model.extras(batch)
     start = text_model.collator.decoder_start_id
-    if start is not None:
-        inputs["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
-    else:
-        inputs |= {"position_ids": positions(batch["attention_mask"])} if text_model.takes_positions else {}
-        inputs |= {"logits_to_keep": 1} if text_model.keeps_logits else {}
-    outputs = text_model.module(**inputs, use_cache=True)
-    state = outputs.encoder_last_hidden_state if text_model.is_encoder_decoder else None
-    return _Prefix(batch, outputs.logits[:, -1], outputs.past_key_values, state)
+    answers = [[tuple(option) for option in own] for own in options]
+    groups = [answer_tree.split(own, TREE_TOKENS) for own in answers]
+    scores = [[0.0] * len(own) for own in options]
+    for turn in range(_agree(text_model, max(map(len, groups)))):
+        # An example whose answers are done takes its first group again: a row that others wait for, not read.
+        chosen = [own[turn] if turn < len(own) else own[0] for own in groups]
+        trees = [
+            answer_tree.tree(tuple(own[i] for i in group), start) for own, group in zip(answers, chosen, strict=True)
+        ]
+        logits = _tree_logits(text_model, batch, trees)
+        for row, (group, own) in enumerate(zip(chosen, answers, strict=True)):
+            if turn < len(groups[row]):
+                found = _read(logits[row], trees[row], [own[i] for i in group], root=0 if start is None else None)
+                for i, score in zip(group, found, strict=True):
+                    scores[row][i] = score
+    return scores
 
 
-def _cached_nll(
-    text_model: TextModel, prefix: _Prefix, rows: Sequence[int], answers: Sequence[Sequence[int]], *, last: bool
-) -> tuple[Tensor, Tensor]:
-    """Nats and tokens of answers, (answers,) each; `rows` are their prompts. `last`: the cache may be used up."""
-    device = prefix.logits.device
-    chosen = torch.tensor(rows, device=device)
-    width = max(2, *(len(answer) for answer in answers))
-    labels = torch.full((len(answers), width), IGNORED, device=device)
-    for row, answer in zip(labels, answers, strict=True):
-        row[: len(answer)] = torch.tensor(answer, device=device)
-    # Answers are padded on the right, where a causal mask hides the padding from every real token.
-    tokens = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, text_model.encoder.pad_id)
-    mask = prefix.batch["attention_mask"][chosen]
-    cache = prefix.cache if last else copy.deepcopy(prefix.cache)
-    cache.batch_select_indices(chosen)
-    inputs: dict[str, Any] = text_model.extras({"task_ids": prefix.batch["task_ids"][chosen]})
-    if prefix.encoder_state is not None:
-        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=prefix.encoder_state[chosen])
-        inputs |= {"attention_mask": mask, "decoder_input_ids": tokens}
-    else:
-        whole = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-        inputs |= {"input_ids": tokens, "attention_mask": whole}
-        inputs |= {"position_ids": positions(whole)[:, -tokens.shape[1] :]} if text_model.takes_positions else {}
-    logits = text_model.module(**inputs, past_key_values=cache, use_cache=True).logits
-    return label_nll(torch.cat([prefix.logits[chosen].unsqueeze(1), logits], dim=1), labels)
+def _tree_logits(text_model: TextModel, batch: Batch, trees: Sequence[Tree]) -> Tensor:
+    """Logits after every token of the trees, (batch, nodes, vocabulary); a causal model's prompt end comes first."""
+    tokens, depths, sees = (part.to(text_model.device) for part in answer_tree.rows(trees, text_model.encoder.pad_id))
+    base: Any = text_model.base
+    dtype = base.get_input_embeddings().weight.dtype
+    mask, extras = batch["attention_mask"], {"task_ids": batch["task_ids"]}
+    if text_model.is_encoder_decoder:
+        return text_model.module(
+            input_ids=batch["input_ids"], attention_mask=mask, decoder_input_ids=tokens,
+            decoder_attention_mask=answer_tree.additive(sees, dtype), use_cache=False,
+            **text_model.extras(extras | {"prompt_mask": mask}),
+        ).logits  # fmt: skip
+    length = mask.shape[1]
+    own = positions(mask)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.cat([batch["input_ids"], tokens], dim=1),
+        "attention_mask": answer_tree.additive(answer_tree.beside_prompts(mask, sees), dtype),
+        "position_ids": torch.cat([own, own[:, -1:] + 1 + depths], dim=1),
+    }
+    inputs |= {"logits_to_keep": tokens.shape[1] + 1} if text_model.keeps_logits else {}
+    extras["prompt_mask"] = torch.nn.functional.pad(mask, (0, tokens.shape[1]))
+    logits = text_model.module(**inputs, **text_model.extras(extras), use_cache=False).logits
+    return logits if text_model.keeps_logits else logits[:, length - 1 :]
+
+
+def _read(logits: Tensor, own: Tree, answers: Sequence[Sequence[int]], root: int | None) -> list[float]:
+    """Log-likelihoods of one example's answers from its row, (nodes, vocabulary); `root`: where the prompt's end is."""
+    shift = 0 if root is None else root + 1
+    log_p = torch.log_softmax(at_least_float32(logits), dim=-1)
+    nodes = torch.tensor([node + shift for nodes in own.reads for node in nodes], device=logits.device)
+    tokens = torch.tensor([token for answer in answers for token in answer], device=logits.device)
+    found = log_p[nodes, tokens].double().split([len(answer) for answer in answers])
+    return torch.stack([part.sum() for part in found]).tolist()
+
+
+def _rank_with_prompts(
+    text_model: TextModel, prompts: Sequence[Sequence[int]], task_ids: Sequence[int], options: Options
+) -> list[list[float]]:
+    """Every option in a row with its prompt; options of like length run together, so that few are padded far."""
+    rows = [i for i, own in enumerate(options) for _ in own]
+    flat = [option for own in options for option in own]
+    order = sorted(range(len(flat)), key=lambda j: -len(flat[j]))
+    size = ROWS_PER_PROMPT * len(prompts)
+    chunks = [order[at : at + size] for at in range(0, len(order), size)]
+    scores: dict[int, float] = {}
+    for turn in range(_agree(text_model, len(chunks))):
+        chunk = chunks[turn] if turn < len(chunks) else chunks[0]
+        texts, tasks = [prompts[rows[j]] for j in chunk], [task_ids[rows[j]] for j in chunk]
+        nll, _ = _whole_nll(text_model, texts, [flat[j] for j in chunk], tasks)
+        scores.update(zip(chunk, (-nll).tolist(), strict=True))
+    numbers = iter(range(len(flat)))
+    return [[scores[next(numbers)] for _ in own] for own in options]
 
 
 def _whole_nll(
@@ -217,6 +246,21 @@ def _evaluating(text_model: TextModel) -> Iterator[None]:
             yield
     finally:
         text_model.module.train(training)
+
+
+@contextmanager
+def _masked_attention(text_model: TextModel) -> Iterator[None]:
+    """With an attention that takes any mask: flash attention knows padding and causal order alone."""
+    base: Any = text_model.base
+    chosen = base.config._attn_implementation
+    if chosen in ("eager", "sdpa"):
+        yield
+        return
+    base.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(chosen)
 
 
 @contextmanager

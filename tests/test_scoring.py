@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from more_ds.encoding import Encoder
 from more_ds.model import TextModel, load_base
-from more_ds.scoring import generate, rank_options
+from more_ds.scoring import generate, rank_options, takes_trees
 
 TASKS = ["first", "second", "third"]
 PROMPTS = ["is this one good? ", "no", "a much longer prompt than the others are", "yes or no: is it"]
@@ -77,8 +77,77 @@ def test_batch_size_order_and_number_of_options_change_nothing(kind: str) -> Non
     torch.testing.assert_close(flat([shuffled[order.index(i)] for i in range(4)]), flat(whole), atol=1e-5, rtol=1e-5)
     single = [rank_options(model, [prompts[i]], [TASK_IDS[i]], [options[i]])[0] for i in range(4)]
     torch.testing.assert_close(flat(single), flat(whole), atol=1e-5, rtol=1e-5)
-    many = rank_options(model, prompts[2:3], TASK_IDS[2:3], [options[2] * 4])[0]  # 20 rows: five passes of four
+    many = rank_options(model, prompts[2:3], TASK_IDS[2:3], [options[2] * 4])[0]
     torch.testing.assert_close(torch.tensor(many), torch.tensor(whole[2] * 4), atol=1e-5, rtol=1e-5)
+
+
+def forward_passes(model: TextModel, *arguments: Any) -> tuple[list[list[float]], list[int]]:
+    """Scores, and the number of tokens in the rows of every forward pass that they took."""
+    widths: list[int] = []
+    key = "decoder_input_ids" if model.is_encoder_decoder else "input_ids"
+    handle = model.module.register_forward_pre_hook(
+        lambda _m, _a, kw: widths.append(kw[key].shape[1]), with_kwargs=True
+    )
+    try:
+        return rank_options(model, *arguments), widths
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_all_options_of_a_batch_take_one_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = text_model(kind, TASKS)
+    prompts, options = encode(model)
+    whole, widths = forward_passes(model, prompts, TASK_IDS, options)
+    assert len(widths) == 1
+    monkeypatch.setattr("more_ds.scoring.TREE_TOKENS", 14)
+    parts, widths = forward_passes(model, prompts, TASK_IDS, options)
+    assert len(widths) == 3  # "equivalent", "not_equivalent", "e" have 11 to 16 tokens
+    torch.testing.assert_close(flat(parts), flat(whole), atol=1e-5, rtol=1e-5)
+
+
+def test_a_graded_score_costs_its_distinct_tokens() -> None:
+    model = text_model("llama")
+    words = [f"{i / 5:.1f}" for i in range(26)]
+    options = [[model.encoder.target(word) for word in words]]
+    prompts = [model.encoder.prompt("similar?")]
+    scores, widths = forward_passes(model, prompts, [0], options)
+    space, digits, points, decimals = 1, 6, 6, 26
+    assert widths == [len(prompts[0]) + space + digits + points + decimals]
+    torch.testing.assert_close(flat(scores), flat(one_by_one(model, prompts, [0], options)), atol=1e-5, rtol=1e-5)
+
+
+def test_models_that_no_mask_can_tell_who_sees_whom_run_every_option_with_its_prompt() -> None:
+    assert [takes_trees(text_model(kind, TASKS)) for kind in KINDS] == [True, True, False, True]
+    assert not takes_trees(text_model("llama", TASKS, gate_input="pooled"))
+    model = text_model("llama")
+    for name, value in (
+        ("alibi", True),
+        ("layer_types", ["full_attention", "linear_attention"]),
+        ("sliding_window", 95),
+    ):
+        before = getattr(model.config, name, None)
+        setattr(model.config, name, value)
+        assert not takes_trees(model), name
+        setattr(model.config, name, before)
+    model.config.sliding_window = 96  # prompts of 64 tokens and answers of 32 see all of it
+    assert takes_trees(model)
+
+
+def test_an_attention_that_takes_no_mask_is_exchanged_for_the_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = text_model("llama")
+    prompts, options = encode(model)
+    expected = rank_options(model, prompts, TASK_IDS, options)
+    seen: list[str] = []
+
+    def exchange(name: str) -> None:
+        seen.append(name)
+        model.config._attn_implementation = name
+
+    monkeypatch.setattr(model.base, "set_attn_implementation", exchange)
+    model.config._attn_implementation = "flash_attention_2"  # not to be had on a CPU: running it would fail
+    assert rank_options(model, prompts, TASK_IDS, options) == expected
+    assert seen == ["sdpa", "flash_attention_2"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
