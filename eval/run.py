@@ -26,11 +26,12 @@ from more_ds.errors import UserError, suggest
 from more_ds.evaluate import check_known, evaluate
 from more_ds.loading import Subject, find_subject, load_text_model
 from more_ds.metrics import Gold
-from more_ds.model import DTYPES, TextModel
+from more_ds.model import DTYPES
 from more_ds.results import GENERATION, LIKELIHOOD, TaskResult, result_table, write_results
 from more_ds.run_folder import versions
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example
+from more_ds.text_model import TextModel
 
 MODES = {LIKELIHOOD: (LIKELIHOOD,), GENERATION: (GENERATION,), "both": (LIKELIHOOD, GENERATION)}
 TRAIN_ROWS = 10_000

@@ -27,9 +27,10 @@ from more_ds.engine import Ranks, learning_rate, set_learning_rate, shard_while_
 from more_ds.ledger import Ledger
 from more_ds.losses import label_nll
 from more_ds.mixture import MicroBatch
-from more_ds.model import TextModel, attach, load_base
+from more_ds.model import attach, load_base
 from more_ds.run import Run
 from more_ds.run_folder import RunFolder, default_path
+from more_ds.text_model import TextModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:

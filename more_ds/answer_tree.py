@@ -26,7 +26,7 @@ class Tree:
         tokens: the tokens that something follows, (nodes,); the last token of an answer is only ever predicted.
         depths: (nodes,) how many tokens stand between the root and the token, from 0.
         sees: (nodes, nodes) whether the row's token sees the column's: its ancestors and itself.
-        reads: for every answer, for each of its tokens, the node that predicts it; -1 is the root.
+        reads: for every answer, for each of its tokens, the node that predicts it; -1 is the end of the prompt.
     """
 
     tokens: tuple[int, ...]
@@ -37,24 +37,19 @@ class Tree:
 
 @lru_cache(maxsize=256)
 def tree(answers: tuple[Answer, ...], start: int | None = None) -> Tree:
-    """Pack answers, two or more tokens or one each.
+    """Pack answers.
 
     Args:
-        answers: token ids.
-        start: None: a tree, whose root is the last token of the prompt. A token id (the first of a decoder whose
-            positions are those of the row): every answer is a branch of its own, which begins with that token, since
-            two answers of such a model can share tokens only at equal places.
+        answers: token ids, one or more each.
+        start: the first token of a decoder, which becomes the root; None: the prompt's last token is the root.
     """
-    tokens: list[int] = []
-    parents: list[int] = []
+    tokens: list[int] = [] if start is None else [start]
+    parents: list[int] = [-1] * len(tokens)
+    root = len(tokens) - 1
     children: dict[tuple[int, int], int] = {}
     reads = []
     for answer in answers:
-        node, own = -1, []
-        if start is not None:
-            tokens.append(start)
-            parents.append(-1)
-            node = len(tokens) - 1
+        node, own = root, []
         for i, token in enumerate(answer):
             own.append(node)
             if i == len(answer) - 1:

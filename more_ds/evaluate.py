@@ -10,13 +10,14 @@ import numpy as np
 import torch.distributed as dist
 
 from more_ds.errors import UserError
+from more_ds.generation import generate
 from more_ds.log import Progress
 from more_ds.metrics import METRICS, Gold, Prediction, evaluate_metrics, majority_scores
-from more_ds.model import TextModel
 from more_ds.results import GENERATION, LIKELIHOOD, TaskResult
-from more_ds.scoring import generate, is_partitioned, rank_options
+from more_ds.scoring import rank_options
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example, answer_value, parse
+from more_ds.text_model import TextModel
 
 R = TypeVar("R")
 
@@ -201,7 +202,7 @@ def _spread(
     """
     size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if size > 1 else 0
-    together = size > 1 and is_partitioned(text_model)
+    together = text_model.in_step
     bar = Progress(sum(map(len, batches)), label) if label is not None and batches else None
     mine: dict[int, R] = {}
     for turn in range(0, len(batches), size):

@@ -19,7 +19,8 @@ from more_ds import log
 from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG
 from more_ds.encoding import Encoder
 from more_ds.errors import UserError
-from more_ds.model import TextModel, check_model, load_base, load_tokenizer, read_model_config
+from more_ds.model import check_model, load_base, load_tokenizer, read_model_config
+from more_ds.text_model import TextModel
 
 SLOTS = ("best", "last")
 """Where a run keeps its adapters, the better one first."""

@@ -1,18 +1,15 @@
-"""Loading a base model and a tokeniser, attaching an adapter, and running a batch through them."""
+"""Loading a base model and a tokeniser, and attaching an adapter."""
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
-from more_ds.collate import Batch, Collator, positions
-from more_ds.encoding import Encoder
 from more_ds.errors import UserError
 from more_ds.tuners import MoreConfig
 
@@ -163,67 +160,6 @@ def parameters_by_kind(model: nn.Module) -> dict[str, int]:
             part = next((p for p in name.split(".") if p.startswith(("more_", "lora_"))), "other")
             kinds[part] = kinds.get(part, 0) + getattr(parameter, "ds_numel", parameter.numel())
     return kinds
-
-
-class TextModel:
-    """A model, its tokeniser's conventions and its batches, behind one way to call them.
-
-    Attributes:
-        module: what is called: the (PEFT) model, or the DeepSpeed engine around it.
-        encoder: text to token ids.
-        collator: token ids to tensors.
-    """
-
-    def __init__(self, module: nn.Module, encoder: Encoder) -> None:
-        """Read from the model which arguments it takes."""
-        self.module, self.encoder = module, encoder
-        base = self.peft.get_base_model() if isinstance(self.peft, PeftModel) else self.peft
-        self.config = base.config
-        self.base = base
-        self.is_encoder_decoder = encoder.is_encoder_decoder
-        start = getattr(self.config, "decoder_start_token_id", None)
-        self.collator = Collator(encoder.pad_id, start if self.is_encoder_decoder else None)
-        accepted = inspect.signature(base.forward).parameters
-        self.takes_positions = "position_ids" in accepted and not self.is_encoder_decoder
-        self.keeps_logits = "logits_to_keep" in accepted
-        self.routes_by_task = bool(getattr(getattr(self.peft, "base_model", None), "routes_by_task", False))
-
-    @property
-    def peft(self) -> nn.Module:
-        """The model inside of a DeepSpeed engine, or the model itself."""
-        inner = getattr(self.module, "module", None)
-        return inner if isinstance(inner, nn.Module) else self.module
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches belong."""
-        return next(self.peft.parameters()).device
-
-    def auxiliary_loss(self) -> Tensor | None:
-        """The method's own loss of the last forward pass in training, weighted; None if it has none."""
-        return getattr(getattr(self.peft, "base_model", None), "auxiliary_loss", None) if self.routes_by_task else None
-
-    def label_logits(self, batch: Batch) -> Tensor:
-        """Logits that predict `batch["labels"]`, (batch, answer length, vocabulary).
-
-        The vocabulary is projected for the answer alone where the model can do that.
-        """
-        length = batch["labels"].shape[1]
-        if self.is_encoder_decoder:
-            keys = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
-            return self.module(**{key: batch[key] for key in keys}, **self.extras(batch), use_cache=False).logits
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")} | self.extras(batch)
-        if self.takes_positions:
-            inputs["position_ids"] = positions(batch["attention_mask"])
-        kept = {"logits_to_keep": length + 1} if self.keeps_logits else {}
-        logits = self.module(**inputs, **kept, use_cache=False).logits
-        return logits[:, -length - 1 : -1]
-
-    def extras(self, batch: Batch) -> dict[str, Tensor]:
-        """What a method that routes by task is told beside the base model's own inputs."""
-        if not self.routes_by_task:
-            return {}
-        return {key: batch[key] for key in ("task_ids", "prompt_mask") if key in batch}
 
 
 def _looks_like_path(name: str) -> bool:

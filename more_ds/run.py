@@ -16,12 +16,12 @@ from more_ds.checkpoint_files import base_identity, name_of
 from more_ds.engine import Ranks, gathered
 from more_ds.evaluate import evaluate
 from more_ds.mixture import Mixture
-from more_ds.model import TextModel
 from more_ds.plan import Plan
 from more_ds.results import TaskResult, mean_score, write_results
 from more_ds.run_folder import RunFolder, publish
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
+from more_ds.text_model import TextModel
 
 
 @dataclass

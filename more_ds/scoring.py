@@ -1,30 +1,30 @@
-"""What a model answers: the log-likelihood of every closed answer, and generated text."""
+"""The log-likelihood of every closed answer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig
 
 from more_ds import answer_tree
 from more_ds.answer_tree import Tree
 from more_ds.collate import Batch, positions
 from more_ds.losses import label_nll
-from more_ds.model import TextModel
 from more_ds.numerics import at_least_float32
+from more_ds.text_model import TextModel
 
 ROWS_PER_PROMPT = 4
 """At most this many times the batch's rows run at once where answers run with their prompts, to bound the memory."""
 TREE_TOKENS = 512
 """At most this many tokens of answers stand beside a prompt; more of them take further passes."""
-RELATIVE_DECODERS = ("t5", "mt5", "umt5")
-"""Encoder-decoders whose decoder knows distances between tokens alone, so that branches may stand side by side."""
+RELATIVE_DECODERS = ("t5", "mt5")
+"""Encoder-decoders whose decoder knows tokens' distances alone, and can be told them."""
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layers, as transformers names them, that mix tokens by nothing but a masked attention."""
 
@@ -61,7 +61,7 @@ def rank_options(
     """
     if not all(row and all(row) for row in options):
         raise ValueError("every example needs options, and every option needs tokens")
-    with _evaluating(text_model):
+    with text_model.evaluating():
         if takes_trees(text_model):
             with _masked_attention(text_model):
                 scores = _rank_in_trees(text_model, prompts, task_ids, options)
@@ -98,46 +98,9 @@ def takes_trees(text_model: TextModel) -> bool:
     return all(w is None or w >= room for w in windows) and set(layers) <= MASKED_LAYERS
 
 
-def generate(
-    text_model: TextModel,
-    prompts: Sequence[Sequence[int]],
-    task_ids: Sequence[int],
-    max_new_tokens: int,
-    num_beams: int = 1,
-) -> list[list[int]]:
-    """Token ids that the model writes after each prompt: greedy, or the best of `num_beams` beams.
-
-    The model's own generation settings (sampling, penalties, lengths) are set aside: they would make numbers of two
-    models incomparable. Only its further end-of-sequence tokens are kept.
-
-    Args:
-        text_model: the model.
-        prompts: token ids of each example's prompt.
-        task_ids: each example's task.
-        max_new_tokens: where every text stops.
-        num_beams: 1 is greedy.
-    """
-    with _evaluating(text_model), _plain_generation(text_model, max_new_tokens, num_beams) as settings:
-        batch = _to(text_model, text_model.collator.prompts(prompts, task_ids))
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")} | text_model.extras(batch)
-        model: Any = text_model.peft
-        written = model.generate(**inputs, generation_config=settings, synced_gpus=_in_step(text_model))
-    start = 1 if text_model.is_encoder_decoder else batch["input_ids"].shape[1]
-    return [row[start:] for row in written.tolist()]
-
-
-def is_partitioned(text_model: TextModel) -> bool:
-    """Whether the parameters are spread over the ranks (ZeRO-3), so that no rank can run a pass alone."""
-    return any(hasattr(parameter, "ds_numel") for parameter in text_model.peft.parameters())
-
-
-def _in_step(text_model: TextModel) -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1 and is_partitioned(text_model)
-
-
 def _agree(text_model: TextModel, passes: int) -> int:
     """The largest number of passes that a rank wants, where all must take the same."""
-    if not _in_step(text_model):
+    if not text_model.in_step:
         return passes
     most = torch.tensor(passes, device=text_model.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
@@ -147,7 +110,7 @@ def _agree(text_model: TextModel, passes: int) -> int:
 def _rank_in_trees(
     text_model: TextModel, prompts: Sequence[Sequence[int]], task_ids: Sequence[int], options: Options
 ) -> list[list[float]]:
-    batch = _to(text_model, text_model.collator.prompts(prompts, task_ids))
+    batch = text_model.to_device(text_model.collator.prompts(prompts, task_ids))
     start = text_model.collator.decoder_start_id
     answers = [[tuple(option) for option in own] for own in options]
     groups = [answer_tree.split(own, TREE_TOKENS) for own in answers]
@@ -161,7 +124,7 @@ def _rank_in_trees(
         logits = _tree_logits(text_model, batch, trees)
         for row, (group, own) in enumerate(zip(chosen, answers, strict=True)):
             if turn < len(groups[row]):
-                found = _read(logits[row], trees[row], [own[i] for i in group], root=0 if start is None else None)
+                found = _read(logits[row], trees[row], [own[i] for i in group], shift=int(start is None))
                 for i, score in zip(group, found, strict=True):
                     scores[row][i] = score
     return scores
@@ -174,11 +137,12 @@ def _tree_logits(text_model: TextModel, batch: Batch, trees: Sequence[Tree]) -> 
     dtype = base.get_input_embeddings().weight.dtype
     mask, extras = batch["attention_mask"], {"task_ids": batch["task_ids"]}
     if text_model.is_encoder_decoder:
-        return text_model.module(
-            input_ids=batch["input_ids"], attention_mask=mask, decoder_input_ids=tokens,
-            decoder_attention_mask=answer_tree.additive(sees, dtype), use_cache=False,
-            **text_model.extras(extras | {"prompt_mask": mask}),
-        ).logits  # fmt: skip
+        with _distances_by_depth(base, depths):
+            return text_model.module(
+                input_ids=batch["input_ids"], attention_mask=mask, decoder_input_ids=tokens,
+                decoder_attention_mask=answer_tree.additive(sees, dtype), use_cache=False,
+                **text_model.extras(extras | {"prompt_mask": mask}),
+            ).logits  # fmt: skip
     length = mask.shape[1]
     own = positions(mask)
     inputs: dict[str, Any] = {
@@ -192,9 +156,8 @@ def _tree_logits(text_model: TextModel, batch: Batch, trees: Sequence[Tree]) -> 
     return logits if text_model.keeps_logits else logits[:, length - 1 :]
 
 
-def _read(logits: Tensor, own: Tree, answers: Sequence[Sequence[int]], root: int | None) -> list[float]:
-    """Log-likelihoods of one example's answers from its row, (nodes, vocabulary); `root`: where the prompt's end is."""
-    shift = 0 if root is None else root + 1
+def _read(logits: Tensor, own: Tree, answers: Sequence[Sequence[int]], shift: int) -> list[float]:
+    """Log-likelihoods of one example's answers from its row, (nodes, vocabulary), whose nodes begin at `shift`."""
     log_p = torch.log_softmax(at_least_float32(logits), dim=-1)
     nodes = torch.tensor([node + shift for nodes in own.reads for node in nodes], device=logits.device)
     tokens = torch.tensor([token for answer in answers for token in answer], device=logits.device)
@@ -228,24 +191,8 @@ def _whole_nll(
     task_ids: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Nats and tokens of answers that run with their prompts, (answers,) each."""
-    batch = _to(text_model, text_model.collator.answers(prompts, answers, task_ids))
+    batch = text_model.to_device(text_model.collator.answers(prompts, answers, task_ids))
     return label_nll(text_model.label_logits(batch), batch["labels"])
-
-
-def _to(text_model: TextModel, batch: Batch) -> Batch:
-    return {key: value.to(text_model.device) for key, value in batch.items()}
-
-
-@contextmanager
-def _evaluating(text_model: TextModel) -> Iterator[None]:
-    """Without gradients and dropout; the training mode comes back afterwards."""
-    training = text_model.module.training
-    text_model.module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        text_model.module.train(training)
 
 
 @contextmanager
@@ -264,23 +211,23 @@ def _masked_attention(text_model: TextModel) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_generation(text_model: TextModel, max_new_tokens: int, num_beams: int) -> Iterator[GenerationConfig]:
-    """Settings for `generate`, with nothing of the model's own: it would fill gaps from them."""
-    base: Any = text_model.base
-    before = base.generation_config
-    own_end = before.eos_token_id
-    further = own_end if isinstance(own_end, list) else [] if own_end is None else [own_end]
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        pad_token_id=text_model.encoder.pad_id,
-        eos_token_id=sorted({text_model.encoder.eos_id, *further}),
-        decoder_start_token_id=text_model.collator.decoder_start_id,
-    )
-    base.generation_config = GenerationConfig()
+def _distances_by_depth(base: Any, depths: Tensor) -> Iterator[None]:
+    """Let a T5 decoder measure distances by the tokens' (batch, nodes) depths in the tree, not by their places."""
+
+    def compute_bias(attention: Any, *_: Any, **__: Any) -> Tensor:
+        buckets = attention._relative_position_bucket(
+            depths[:, None, :] - depths[:, :, None],
+            bidirectional=False,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        return attention.relative_attention_bias(buckets).permute(0, 3, 1, 2)
+
+    modules = [m for m in base.get_decoder().modules() if getattr(m, "has_relative_attention_bias", False)]
+    for module in modules:
+        module.compute_bias = partial(compute_bias, module)
     try:
-        yield settings
+        yield
     finally:
-        base.generation_config = before
+        for module in modules:
+            del module.compute_bias

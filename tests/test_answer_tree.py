@@ -17,12 +17,12 @@ def test_shared_tokens_stand_once_and_the_last_ones_not_at_all() -> None:
     assert own.reads == ((-1, 0, 1), (-1, 0, 2), (-1, 3), (-1,))
 
 
-def test_branches_side_by_side_share_nothing() -> None:
+def test_a_decoders_first_token_is_the_root() -> None:
     own = tree(ANSWERS, start=0)
-    assert own.tokens == (0, 5, 6, 0, 5, 7, 0, 8, 0)
-    assert own.reads == ((0, 1, 2), (3, 4, 5), (6, 7), (8,))
-    blocks = torch.block_diag(*(torch.ones(n, n).tril() for n in (3, 3, 2, 1)))
-    assert torch.equal(own.sees, blocks.bool())
+    assert own.tokens == (0, 5, 6, 7, 8)
+    assert own.depths == (0, 1, 2, 2, 1)
+    assert own.reads == ((0, 1, 2), (0, 1, 3), (0, 4), (0,))
+    assert own.sees[:, 0].all()
 
 
 def test_a_batch_sees_its_real_prompt_its_ancestors_and_nothing_else() -> None:

@@ -16,11 +16,12 @@ from toy_suite import IDS, NAMES, SUITE, assert_same, on_ranks, toy_examples, to
 
 from more_ds.errors import UserError
 from more_ds.evaluate import evaluate, standard_error
-from more_ds.model import TextModel
+from more_ds.generation import generate
 from more_ds.results import mean_score, result_table, write_results
-from more_ds.scoring import generate, rank_options
+from more_ds.scoring import rank_options
 from more_ds.tasks import Task, load_suite
 from more_ds.tasks.render import answer_value
+from more_ds.text_model import TextModel
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ from tiny_models import KINDS, text_model
 from transformers import AutoConfig, AutoTokenizer
 
 from more_ds.encoding import Encoder
-from more_ds.model import TextModel, load_base
-from more_ds.scoring import generate, rank_options, takes_trees
+from more_ds.generation import generate
+from more_ds.model import load_base
+from more_ds.scoring import rank_options, takes_trees
+from more_ds.text_model import TextModel
 
 TASKS = ["first", "second", "third"]
 PROMPTS = ["is this one good? ", "no", "a much longer prompt than the others are", "yes or no: is it"]

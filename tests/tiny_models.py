@@ -21,7 +21,7 @@ from transformers import (
 
 from more_ds import MoreConfig
 from more_ds.encoding import Encoder
-from more_ds.model import TextModel
+from more_ds.text_model import TextModel
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]
 CHARACTERS = [chr(code) for code in range(32, 127)]

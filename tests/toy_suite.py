@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import base_model, text_model, tokenizer
 
 from more_ds.evaluate import evaluate
-from more_ds.model import TextModel
 from more_ds.results import TaskResult
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example, render
+from more_ds.text_model import TextModel
 
 SUITE = """
 suite: toy

@@ -1,0 +1,101 @@
+"""A model with its tokeniser's conventions: how a batch runs through it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+
+from more_ds.collate import Batch, Collator, positions
+from more_ds.encoding import Encoder
+
+
+class TextModel:
+    """A model, its tokeniser's conventions and its batches, behind one way to call them.
+
+    Attributes:
+        module: what is called: the (PEFT) model, or the DeepSpeed engine around it.
+        encoder: text to token ids.
+        collator: token ids to tensors.
+    """
+
+    def __init__(self, module: nn.Module, encoder: Encoder) -> None:
+        """Read from the model which arguments it takes."""
+        self.module, self.encoder = module, encoder
+        base = self.peft.get_base_model() if isinstance(self.peft, PeftModel) else self.peft
+        self.config = base.config
+        self.base = base
+        self.is_encoder_decoder = encoder.is_encoder_decoder
+        start = getattr(self.config, "decoder_start_token_id", None)
+        self.collator = Collator(encoder.pad_id, start if self.is_encoder_decoder else None)
+        accepted = inspect.signature(base.forward).parameters
+        self.takes_positions = "position_ids" in accepted and not self.is_encoder_decoder
+        self.keeps_logits = "logits_to_keep" in accepted
+        self.routes_by_task = bool(getattr(getattr(self.peft, "base_model", None), "routes_by_task", False))
+
+    @property
+    def peft(self) -> nn.Module:
+        """The model inside of a DeepSpeed engine, or the model itself."""
+        inner = getattr(self.module, "module", None)
+        return inner if isinstance(inner, nn.Module) else self.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches belong."""
+        return next(self.peft.parameters()).device
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether the parameters are spread over the ranks (ZeRO-3), so that no rank can run a pass alone."""
+        return any(hasattr(parameter, "ds_numel") for parameter in self.peft.parameters())
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all ranks must take the same number of forward passes."""
+        return dist.is_initialized() and dist.get_world_size() > 1 and self.is_partitioned
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch where the model is."""
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without gradients and dropout; the training mode comes back afterwards."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train(training)
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """The method's own loss of the last forward pass in training, weighted; None if it has none."""
+        return getattr(getattr(self.peft, "base_model", None), "auxiliary_loss", None) if self.routes_by_task else None
+
+    def label_logits(self, batch: Batch) -> Tensor:
+        """Logits that predict `batch["labels"]`, (batch, answer length, vocabulary).
+
+        The vocabulary is projected for the answer alone where the model can do that.
+        """
+        length = batch["labels"].shape[1]
+        if self.is_encoder_decoder:
+            keys = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+            return self.module(**{key: batch[key] for key in keys}, **self.extras(batch), use_cache=False).logits
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")} | self.extras(batch)
+        if self.takes_positions:
+            inputs["position_ids"] = positions(batch["attention_mask"])
+        kept = {"logits_to_keep": length + 1} if self.keeps_logits else {}
+        logits = self.module(**inputs, **kept, use_cache=False).logits
+        return logits[:, -length - 1 : -1]
+
+    def extras(self, batch: Batch) -> dict[str, Tensor]:
+        """What a method that routes by task is told beside the base model's own inputs."""
+        if not self.routes_by_task:
+            return {}
+        return {key: batch[key] for key in ("task_ids", "prompt_mask") if key in batch}
