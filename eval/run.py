@@ -217,7 +217,7 @@ def _train_golds(arguments: argparse.Namespace, subject: Subject, task: Task) ->
 def _data_dir(arguments: argparse.Namespace, run: Mapping[str, Any], task: Task) -> str | Path | None:
     if arguments.data_dir or (run.get("data_dir") and task.suite in run.get("suite", ())):
         return arguments.data_dir or run["data_dir"]
-    return demo.prepare("llama").data_dir if task.suite == "demo" else run.get("data_dir")
+    return demo.prepare_data() if task.suite == "demo" else run.get("data_dir")
 
 
 def _demo_model(name: str) -> str:

@@ -177,12 +177,9 @@ def _sampler(
 def _with_demo(config: RunConfig) -> RunConfig:
     """Put the demo's folders in the place of its names; they are made on first use."""
     if config.model in demo.MODELS:
-        paths = demo.prepare(demo.MODELS[config.model])
-        config = replace(config, model=str(paths.model_dir))
-        if config.data_dir is None and "demo" in config.suite:
-            config = replace(config, data_dir=str(paths.data_dir))
+        config = replace(config, model=str(demo.prepare(demo.MODELS[config.model]).model_dir))
     if config.data_dir is None and "demo" in config.suite:
-        config = replace(config, data_dir=str(demo.prepare().data_dir))
+        config = replace(config, data_dir=str(demo.prepare_data()))
     return config
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from more_ds.demo import DemoPaths, prepare
+from more_ds.demo import DemoPaths, prepare, prepare_data
 from more_ds.demo.cache import fingerprint
 from more_ds.demo.generate import HELD_OUT, TRAIN_ROWS, input_key, task_rows, write_tasks
 from more_ds.demo.lexicon import GLOSSARY, TRADES
@@ -239,6 +239,16 @@ def test_second_call_builds_nothing(demo: DemoPaths, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MORE_DS_CACHE", str(demo.data_dir.parents[1]))
     assert prepare(steps=STEPS) == demo
     assert demo.data_dir.parent.name == f"demo-{fingerprint()}"
+
+
+def test_the_data_need_no_backbone(tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*arguments: object) -> None:
+        raise AssertionError("a backbone was built")
+
+    monkeypatch.setattr("more_ds.demo.cache.build_backbone", unexpected)
+    data_dir = prepare_data(tmp_path)
+    assert digest(data_dir) == digest(demo.data_dir)
+    assert [path.name for path in data_dir.parent.iterdir() if path.is_dir()] == ["data"]
 
 
 def test_a_failed_build_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,10 @@
 Nothing is downloaded. The first call to `prepare` takes about a minute, later ones none.
 """
 
-from more_ds.demo.cache import DemoPaths, prepare
+from more_ds.demo.cache import DemoPaths, prepare, prepare_data
 from more_ds.demo.tokenizer import Kind
 
 MODELS: dict[str, Kind] = {"demo": "llama", "demo-t5": "t5"}
 """Name under which a backbone is asked for -> its kind."""
 
-__all__ = ["MODELS", "DemoPaths", "prepare"]
+__all__ = ["MODELS", "DemoPaths", "prepare", "prepare_data"]

@@ -45,20 +45,24 @@ def prepare(kind: Kind = "llama", cache_dir: Path | str | None = None, steps: in
         raise UserError(f"unknown kind of demo backbone '{kind}'{suggest(kind, get_args(Kind))}")
     if steps is not None and steps < 1:
         raise UserError(f"steps is {steps}; the demo's backbone needs at least one")
-    root = _cache_root(cache_dir) / f"demo-{fingerprint()}"
-    paths = DemoPaths(root / "data", root / (kind if steps is None else f"{kind}-{steps}-steps"))
-    if paths.data_dir.is_dir() and paths.model_dir.is_dir():
-        return paths
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / "lock"):
-            _make(paths.data_dir, write_tasks)
-            _make(paths.model_dir, lambda folder: build_backbone(kind, folder, steps))
-    except OSError as error:
-        raise UserError(
-            f"the demo cannot be kept in {root}: {error}; set MORE_DS_CACHE to a folder with space"
-        ) from error
-    return paths
+    data_dir = prepare_data(cache_dir)
+    model_dir = data_dir.parent / (kind if steps is None else f"{kind}-{steps}-steps")
+    _make(model_dir, lambda folder: build_backbone(kind, folder, steps))
+    return DemoPaths(data_dir, model_dir)
+
+
+def prepare_data(cache_dir: Path | str | None = None) -> Path:
+    """Return the folder with the demo's tasks, and write them first where they are not there (a second or two).
+
+    Args:
+        cache_dir: as of `prepare`.
+
+    Raises:
+        UserError: a cache that cannot be written to.
+    """
+    data_dir = _cache_root(cache_dir) / f"demo-{fingerprint()}" / "data"
+    _make(data_dir, write_tasks)
+    return data_dir
 
 
 def fingerprint() -> str:
@@ -75,11 +79,20 @@ def _cache_root(cache_dir: Path | str | None) -> Path:
 
 
 def _make(target: Path, build: Callable[[Path], None]) -> None:
-    """Build `target` in a folder beside it, and rename. To be called under the lock."""
+    """Build `target`, if it is not there, in a folder beside it, and rename."""
     if target.is_dir():
         return
     folder = target.with_name(f"{target.name}.building")
-    shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed
-    folder.mkdir()
-    build(folder)
-    os.replace(folder, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / "lock"):
+            if target.is_dir():  # built by the process that held the lock
+                return
+            shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed
+            folder.mkdir()
+            build(folder)
+            os.replace(folder, target)
+    except OSError as error:
+        raise UserError(
+            f"the demo cannot be kept in {target.parent}: {error}; set MORE_DS_CACHE to a folder with space"
+        ) from error
