@@ -7,6 +7,7 @@ the same numbers on several processes: `deepspeed eval/run.py RUN`, `torchrun --
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import time
@@ -21,9 +22,11 @@ import torch
 import torch.distributed as dist
 
 from more_ds import cli, demo, log
+from more_ds.checkpoint_files import ADAPTER, base_identity
 from more_ds.data import load_examples
 from more_ds.errors import UserError, suggest
 from more_ds.evaluate import check_known, evaluate
+from more_ds.journal import Journal
 from more_ds.loading import Subject, find_subject, load_text_model
 from more_ds.metrics import Gold
 from more_ds.model import DTYPES
@@ -73,9 +76,13 @@ def _main(argv: Sequence[str]) -> None:
             plan.subject, dtype=plan.dtype, device=plan.device,
             max_source_length=plan.lengths[0], max_target_length=plan.lengths[1],
         )  # fmt: skip
-        results = _evaluate(arguments, plan, text_model)
+        journal = _journal(arguments, plan)
+        if joined:
+            dist.barrier()  # no rank may add answers while another reads them
+        results = _evaluate(arguments, plan, text_model, journal)
         if log.rank() == 0:
             write_results(plan.output, results, _about(arguments, plan, time.monotonic() - began))
+            journal.remove()
         log.say(result_table(results))
         log.say(f"written to {plan.output}: results.json, predictions.jsonl")
     finally:
@@ -225,7 +232,23 @@ def _demo_model(name: str) -> str:
     return str(demo.prepare(demo.MODELS[name]).model_dir) if name in demo.MODELS else name
 
 
-def _evaluate(arguments: argparse.Namespace, plan: _Plan, text_model: TextModel) -> list[TaskResult]:
+def _journal(arguments: argparse.Namespace, plan: _Plan) -> Journal:
+    """The answers of an interrupted evaluation of the same model by the same settings."""
+    subject = plan.subject
+    adapter = subject.adapter / ADAPTER if subject.adapter is not None else None
+    settings = {
+        "base": base_identity(subject.base, subject.run.get("revision"))["sha256"],
+        "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter and adapter.is_file() else None,
+        "tasks": plan.task_ids,
+        "settings": [plan.dtype, plan.lengths, arguments.num_beams, arguments.length_normalised],
+    }
+    journal = Journal(plan.output, settings, log.rank())
+    if journal.known:
+        log.say(f"{len(journal.known):,} answers of an interrupted evaluation are taken over from {plan.output}")
+    return journal
+
+
+def _evaluate(arguments: argparse.Namespace, plan: _Plan, text_model: TextModel, journal: Journal) -> list[TaskResult]:
     results: list[TaskResult] = []
     for mode in plan.modes:
         for split, examples in plan.examples.items():
@@ -236,6 +259,7 @@ def _evaluate(arguments: argparse.Namespace, plan: _Plan, text_model: TextModel)
                     text_model, tasks, examples, task_ids=plan.task_ids, batch_size=arguments.batch_size, mode=mode,
                     split=split, num_beams=arguments.num_beams, normalise=arguments.length_normalised,
                     train_golds=plan.train_golds, resamples=RESAMPLES, label=f"{split}, {mode}",
+                    journal=journal,
                 )  # fmt: skip
     return results
 

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
+from more_ds.answering import Answering, Item, prepare
 from more_ds.errors import UserError
-from more_ds.generation import generate
-from more_ds.log import Progress
+from more_ds.journal import Journal
 from more_ds.metrics import METRICS, Gold, Prediction, evaluate_metrics, majority_scores
 from more_ds.results import GENERATION, LIKELIHOOD, TaskResult
-from more_ds.scoring import rank_options
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example, answer_value, parse
 from more_ds.text_model import TextModel
-
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class _Item:
-    """An example made ready: token ids of its prompt and options, and where its text must stop."""
-
-    task: Task
-    example: Example
-    task_id: int
-    prompt: list[int]
-    options: tuple[list[int], ...]
-    max_new_tokens: int
 
 
 def evaluate(
@@ -48,6 +31,7 @@ def evaluate(
     train_golds: Mapping[str, Sequence[Gold]] | None = None,
     resamples: int = 0,
     label: str | None = "evaluating",
+    journal: Journal | None = None,
 ) -> list[TaskResult]:
     """Score a model on every task, the same on every rank.
 
@@ -70,6 +54,7 @@ def evaluate(
         train_golds: the training answers by task, for the majority baseline.
         resamples: bootstrap resamples for the standard error of the primary metric of closed tasks; 0: none.
         label: of the progress bar; None: no bar.
+        journal: answers of an evaluation that was interrupted, which are taken over, and where answers are kept.
 
     Raises:
         UserError: the adapter does not know a task, or an answer is longer than `max_target_length`.
@@ -79,12 +64,13 @@ def evaluate(
         raise ValueError(f"mode is {mode!r}; use '{LIKELIHOOD}' or '{GENERATION}'")
     if text_model.routes_by_task:
         check_known([task.name for task in tasks], task_ids)
-    items, cut = _prepare_all(text_model, tasks, examples_by_task, task_ids)
+    items, cut = prepare(text_model, tasks, examples_by_task, task_ids)
     ranked = [i for i, item in enumerate(items) if item.options and mode == LIKELIHOOD]
     chosen = set(ranked)
     written = [i for i in range(len(items)) if i not in chosen]
-    scores = _score(text_model, items, ranked, batch_size, normalise, label)
-    texts = _write(text_model, items, written, batch_size, num_beams, label)
+    answering = Answering(text_model, items, batch_size, label, journal, split)
+    scores = answering.score(ranked, normalise)
+    texts = answering.write(written, num_beams)
     results = []
     for task in tasks:
         own = [i for i, item in enumerate(items) if item.task is task]
@@ -123,114 +109,7 @@ def check_known(names: Sequence[str], task_ids: Mapping[str, int]) -> None:
         )
 
 
-def _prepare_all(
-    text_model: TextModel,
-    tasks: Sequence[Task],
-    examples_by_task: Mapping[str, Sequence[Example]],
-    task_ids: Mapping[str, int],
-) -> tuple[list[_Item], dict[str, int]]:
-    """Every task's examples, and how many prompts of each task had to be cut."""
-    items: list[_Item] = []
-    cut: dict[str, int] = {}
-    for task in tasks:
-        if not examples_by_task[task.name]:
-            raise ValueError(f"task '{task.name}' has no examples")
-        before = text_model.encoder.num_cut
-        items += _prepare(text_model, task, examples_by_task[task.name], task_ids.get(task.name, 0))
-        cut[task.name] = text_model.encoder.num_cut - before
-    return items, cut
-
-
-def _prepare(text_model: TextModel, task: Task, examples: Sequence[Example], task_id: int) -> list[_Item]:
-    encoder = text_model.encoder
-    answers = {text: encoder.target(text) for example in examples for text in example.options}
-    longest = max((len(ids) for ids in answers.values()), default=encoder.max_target_length)
-    limit = task.max_new_tokens or longest
-    return [
-        _Item(task, e, task_id, encoder.prompt(e.prompt), tuple(answers[text] for text in e.options), limit)
-        for e in examples
-    ]
-
-
-def _score(
-    text_model: TextModel, items: Sequence[_Item], chosen: Sequence[int], batch_size: int, normalise: bool,
-    label: str | None,
-) -> dict[int, list[float]]:  # fmt: skip
-    """Log-likelihoods of the options, by the item's number."""
-
-    def answer(batch: Sequence[_Item]) -> list[list[float]]:
-        prompts, tasks = [item.prompt for item in batch], [item.task_id for item in batch]
-        return rank_options(text_model, prompts, tasks, [item.options for item in batch], normalise=normalise)
-
-    order = sorted(chosen, key=lambda i: -len(items[i].prompt) - max(map(len, items[i].options)))
-    return _spread(text_model, items, _batches(order, batch_size), answer, label)
-
-
-def _write(
-    text_model: TextModel, items: Sequence[_Item], chosen: Sequence[int], batch_size: int, num_beams: int,
-    label: str | None,
-) -> dict[int, str]:  # fmt: skip
-    """Generated texts, by the item's number. A batch has one limit, so that no text depends on its neighbours."""
-
-    def answer(batch: Sequence[_Item]) -> list[str]:
-        prompts, tasks = [item.prompt for item in batch], [item.task_id for item in batch]
-        ids = generate(text_model, prompts, tasks, batch[0].max_new_tokens, num_beams)
-        return [text_model.encoder.decode(row) for row in ids]
-
-    batches: list[list[int]] = []
-    for limit in sorted({items[i].max_new_tokens for i in chosen}, reverse=True):
-        own = [i for i in chosen if items[i].max_new_tokens == limit]
-        batches += _batches(sorted(own, key=lambda i: -len(items[i].prompt)), batch_size)
-    return _spread(text_model, items, batches, answer, label)
-
-
-def _batches(order: Sequence[int], size: int) -> list[list[int]]:
-    return [list(order[at : at + size]) for at in range(0, len(order), size)]
-
-
-def _spread(
-    text_model: TextModel,
-    items: Sequence[_Item],
-    batches: Sequence[Sequence[int]],
-    answer: Callable[[Sequence[_Item]], list[R]],
-    label: str | None,
-) -> dict[int, R]:
-    """Let the ranks answer the batches in turn, and give every rank all answers, by the item's number.
-
-    A rank without a batch in the last turn runs the first one again under ZeRO-3, where no rank can run alone, and
-    drops the answers.
-    """
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if size > 1 else 0
-    together = text_model.in_step
-    bar = Progress(sum(map(len, batches)), label) if label is not None and batches else None
-    mine: dict[int, R] = {}
-    for turn in range(0, len(batches), size):
-        is_real = turn + rank < len(batches)
-        if is_real or together:
-            batch = batches[turn + rank] if is_real else batches[0]
-            answers = answer([items[i] for i in batch])
-            mine.update(zip(batch, answers, strict=True) if is_real else ())
-        if bar is not None:
-            bar.advance(sum(len(batch) for batch in batches[turn : turn + size]))
-    if bar is not None:
-        bar.close()
-    everyone = _gather(mine, size)
-    merged = {i: value for part in everyone for i, value in part.items()}
-    if sum(map(len, everyone)) != sum(map(len, batches)) or len(merged) != sum(map(len, batches)):
-        raise RuntimeError(f"{len(merged)} answers for {sum(map(len, batches))} examples; the ranks disagree")
-    return merged
-
-
-def _gather(mine: dict[int, R], size: int) -> list[dict[int, R]]:
-    if size == 1:
-        return [mine]
-    parts: list[Any] = [None] * size
-    dist.all_gather_object(parts, mine)
-    return parts
-
-
-def _record(item: _Item, split: str, scores: list[float] | None, text: str | None) -> dict[str, Any]:
+def _record(item: Item, split: str, scores: list[float] | None, text: str | None) -> dict[str, Any]:
     """One example's row of `predictions.jsonl`."""
     example = item.example
     if scores is not None:

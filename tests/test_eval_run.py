@@ -14,6 +14,7 @@ import torch
 from tiny_models import text_model
 from toy_suite import IDS, NAMES, copy_adapter, on_ranks, toy_row, write_toy
 
+from more_ds import answering
 from more_ds.errors import UserError
 from more_ds.evaluate import evaluate
 from more_ds.loading import find_subject, load_text_model
@@ -158,6 +159,39 @@ def test_runner_on_two_ranks(runner: ModuleType, run_folder: Path) -> None:
     assert runner.main([*argv, str(run_folder / "one")]) == 0
     assert on_ranks(2, lambda rank: runner.main([*argv, str(run_folder / "two")])) == [0, 0]
     assert read_results(run_folder / "one") == read_results(run_folder / "two")
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(
+    runner: ModuleType, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(run_folder), "--device", "cpu", "--batch_size", "4", "--mode", "both", "--output_dir"]
+    assert runner.main([*argv, str(run_folder / "whole")]) == 0
+    answered: list[int] = []
+    limit = 5
+
+    def counted(function: Any) -> Any:
+        def call(model: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
+            if len(answered) == limit:
+                raise KeyboardInterrupt
+            answered.append(len(prompts))
+            return function(model, prompts, *arguments, **options)
+
+        return call
+
+    for name in ("rank_options", "generate"):
+        monkeypatch.setattr(f"more_ds.answering.{name}", counted(getattr(answering, name)))
+    with pytest.raises(KeyboardInterrupt):
+        runner.main([*argv, str(run_folder / "parts")])
+    first = sum(answered)
+    limit = 1000
+    capsys.readouterr()
+    assert runner.main([*argv, str(run_folder / "parts")]) == 0
+    assert f"{first} answers of an interrupted evaluation are taken over" in capsys.readouterr().out
+    assert sum(answered) == sum(entry["n"] for entry in read_results(run_folder / "whole"))
+    records = [(run_folder / name / "predictions.jsonl").read_bytes() for name in ("parts", "whole")]
+    assert records[0] == records[1]
+    assert read_results(run_folder / "parts") == read_results(run_folder / "whole")
+    assert not list((run_folder / "parts").glob("answers-*"))
 
 
 def test_runner_on_a_plain_model_and_as_task(

@@ -82,7 +82,7 @@ def test_generation_counts_what_is_no_option(tasks: list[Task], monkeypatch: pyt
             rows.append([*model.encoder.tokenizer(text, add_special_tokens=False).input_ids, 1, 0])
         return rows
 
-    monkeypatch.setattr("more_ds.evaluate.generate", spoken)
+    monkeypatch.setattr("more_ds.answering.generate", spoken)
     results = {r.task: r for r in toy_scores(model, tasks, 50, mode="generation")}
     assert {name: r.unparsable for name, r in results.items()} == {"accept": 5, "grade": 5, "choose": 11, "tell": 0}
     found = [1 if r["text"] == "good" else -1 for r in results["accept"].records]
@@ -99,7 +99,7 @@ def test_generation_stops_where_the_longest_answer_would(tasks: list[Task], monk
         limits.update((NAMES[task_id], limit) for task_id in task_ids)
         return generate(model, prompts, task_ids, limit, beams)
 
-    monkeypatch.setattr("more_ds.evaluate.generate", noted)
+    monkeypatch.setattr("more_ds.answering.generate", noted)
     toy_scores(model, tasks, 50, mode="generation")
     longest = len("it is something longer!") + 2  # the space in front, and EOS
     assert limits == {("accept", 6), ("grade", 5), ("choose", longest), ("tell", 6)}
