@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from statistics import median_low
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,9 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from more_ds import sums
+from more_ds.bootstrap import CorpusMetric, Sums, standard_error
 
 if TYPE_CHECKING:
     from more_ds.tasks.schema import Task
@@ -35,6 +39,9 @@ class Metric:
     Attributes:
         kinds: the kinds of task (`more_ds.tasks.schema.Task.kind`) it is defined for.
         low, high: range of its values, in percent.
+        sums: the same metric as a function of sums over the examples, for a fast bootstrap; None: it is none.
+        library: the package that computes it; empty: this one.
+        settings: what else its number depends on, in sacreBLEU's words.
     """
 
     name: str
@@ -43,6 +50,20 @@ class Metric:
     low: float = 0.0
     high: float = 100.0
     higher_is_better: bool = True
+    sums: Sums | None = None
+    library: str = ""
+    settings: str = ""
+
+    @property
+    def resampled(self) -> CorpusMetric:
+        """What a bootstrap computes: `sums` where there are any, else `fn`."""
+        return self.sums or self.fn
+
+    @property
+    def signature(self) -> str:
+        """What two numbers must share to be compared: name, settings, library and its version."""
+        made_by = f"{self.library}:{version(self.library)}" if self.library else ""
+        return "|".join(filter(None, (self.name, self.settings, made_by)))
 
 
 def accuracy(predictions: Sequence[int | None], golds: Sequence[int]) -> float:
@@ -100,13 +121,13 @@ def bleu(predictions: Sequence[str | None], golds: Sequence[tuple[str, ...]]) ->
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", accuracy, ("labels", "options")),
-        Metric("f1", f1, ("labels",)),
-        Metric("matthews", matthews, ("labels",), low=-100.0),
-        Metric("pearson", pearson, ("scale",), low=-100.0),
-        Metric("spearman", spearman, ("scale",), low=-100.0),
-        Metric("exact_match", exact_match, ("text",)),
-        Metric("bleu", bleu, ("text",)),
+        Metric("accuracy", accuracy, ("labels", "options"), sums=sums.ACCURACY, library="scikit-learn"),
+        Metric("f1", f1, ("labels",), sums=sums.F1, library="scikit-learn"),
+        Metric("matthews", matthews, ("labels",), low=-100.0, sums=sums.MATTHEWS, library="scikit-learn"),
+        Metric("pearson", pearson, ("scale",), low=-100.0, sums=sums.PEARSON, library="scipy"),
+        Metric("spearman", spearman, ("scale",), low=-100.0, library="scipy"),
+        Metric("exact_match", exact_match, ("text",), sums=sums.EXACT_MATCH),
+        Metric("bleu", bleu, ("text",), library="sacrebleu", settings="case:lc|tok:13a|smooth:exp"),
     )
 }
 
@@ -125,6 +146,17 @@ def evaluate_metrics(task: Task, predictions: Sequence[Prediction], golds: Seque
     if not golds or len(predictions) != len(golds):
         raise ValueError(f"{task.name}: {len(predictions)} predictions for {len(golds)} examples")
     return {name: METRICS[name].fn(predictions, golds) for name in task.metrics}
+
+
+def standard_errors(
+    task: Task, predictions: Sequence[Prediction], golds: Sequence[Gold], resamples: int, seed: int = 0
+) -> dict[str, float]:
+    """Return the bootstrap standard error of every metric of `task` that a bootstrap can afford, in percent.
+
+    A metric of texts that is no function of sums over them is left out: one corpus of it takes seconds.
+    """
+    affordable = [name for name in task.metrics if METRICS[name].sums or task.kind != "text"]
+    return {name: standard_error(METRICS[name].resampled, predictions, golds, resamples, seed) for name in affordable}
 
 
 def majority_prediction(task: Task, train_golds: Sequence[Gold]) -> Prediction:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import sacrebleu
+import sklearn
 from scipy import stats
 from sklearn import metrics as sk
 
-from more_ds.metrics import METRICS, evaluate_metrics, majority_prediction, majority_scores
+from more_ds.metrics import METRICS, evaluate_metrics, majority_prediction, majority_scores, standard_errors
 from more_ds.tasks.schema import Label, Scale, Task
 
 CLASSES = (Label("no", ("0",)), Label("yes", ("1",)))
@@ -166,3 +167,45 @@ def test_majority_baseline() -> None:
     assert majority_scores(text, [("b", "a"), ("b",)], [("b",), ("z",)]) == {"exact_match": 50.0}
     with pytest.raises(ValueError, match="t: no examples"):
         majority_prediction(labels, [])
+
+
+ANSWERS: dict[str, tuple[list[Any], list[Any]]] = {
+    "accuracy": ([0, 1, 2, None], [0, 1, 2]),
+    "f1": ([0, 1, None], [0, 1]),
+    "matthews": ([0, 1, 2, None], [0, 1, 2]),
+    "pearson": ([0.0, 1.2, 4.8, None], [0.0, 0.25, 3.8, 5.0]),
+    "exact_match": (["a", " b ", "", None], [("a",), ("b", "c"), ("d",)]),
+}
+
+
+@pytest.mark.parametrize("name", [metric.name for metric in METRICS.values() if metric.sums])
+def test_sums_are_the_metric(name: str) -> None:
+    """Also where a side is constant, a class is absent and an answer unreadable: the small corpora have all of it."""
+    draw = random.Random(0)
+    answers, golds = ANSWERS[name]
+    for size in [1, 2, 3, 5, 40] * 30:
+        found, gold = draw.choices(answers, k=size), draw.choices(golds, k=size)
+        assert METRICS[name].resampled(found, gold) == pytest.approx(METRICS[name].fn(found, gold), abs=1e-9)
+    assert METRICS[name].resampled(answers[:1] * 9, golds[:1] * 9) == METRICS[name].fn(answers[:1] * 9, golds[:1] * 9)
+
+
+def test_standard_errors_of_every_metric() -> None:
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=400)
+    y = 0.6 * x + 0.8 * draw.normal(size=400)
+    found = standard_errors(_task("pearson", "spearman", scale=Scale(-5, 5, 0.1)), x.tolist(), y.tolist(), 300)
+    # The standard error of a correlation of a normal sample is (1 - r^2) / sqrt(n).
+    assert found["pearson"] == pytest.approx(100 * (1 - 0.36) / 20, rel=0.2)
+    assert list(found) == ["pearson", "spearman"]
+    words = standard_errors(_task("bleu", "exact_match"), ["a"] * 3 + ["b"], [("a",)] * 4, 30)
+    assert list(words) == ["exact_match"]
+
+
+def test_a_signature_names_settings_and_version() -> None:
+    assert METRICS["accuracy"].signature == f"accuracy|scikit-learn:{sklearn.__version__}"
+    assert METRICS["exact_match"].signature == "exact_match"
+    theirs = sacrebleu.metrics.BLEU(lowercase=True, tokenize="13a", force=True)
+    theirs.corpus_score(["a"], [["a"]])
+    parts = str(theirs.get_signature()).split("|")
+    assert {"case:lc", "tok:13a", "smooth:exp", f"version:{sacrebleu.__version__}"} <= set(parts)
+    assert METRICS["bleu"].signature == f"bleu|case:lc|tok:13a|smooth:exp|sacrebleu:{sacrebleu.__version__}"
