@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from more_ds import cli, demo, log
+from more_ds.bootstrap import RESAMPLES
 from more_ds.checkpoint_files import ADAPTER, base_identity
 from more_ds.data import load_examples
 from more_ds.errors import UserError, suggest
@@ -30,7 +31,7 @@ from more_ds.journal import Journal
 from more_ds.loading import Subject, find_subject, load_text_model
 from more_ds.metrics import Gold
 from more_ds.model import DTYPES
-from more_ds.results import GENERATION, LIKELIHOOD, TaskResult, result_table, write_results
+from more_ds.results import GENERATION, LIKELIHOOD, PREDICTIONS, RESULTS, TaskResult, result_table, write_results
 from more_ds.run_folder import versions
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example
@@ -39,8 +40,6 @@ from more_ds.text_model import TextModel
 MODES = {LIKELIHOOD: (LIKELIHOOD,), GENERATION: (GENERATION,), "both": (LIKELIHOOD, GENERATION)}
 TRAIN_ROWS = 10_000
 """At most this many training rows of a task decide which answer is the majority's."""
-RESAMPLES = 200
-"""Bootstrap resamples behind the standard errors."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class _Plan:
     dtype: str
     device: str
     lengths: tuple[int | None, int]
+    plain_prompts: bool
     output: Path
 
 
@@ -84,7 +84,7 @@ def _main(argv: Sequence[str]) -> None:
             write_results(plan.output, results, _about(arguments, plan, time.monotonic() - began))
             journal.remove()
         log.say(result_table(results))
-        log.say(f"written to {plan.output}: results.json, predictions.jsonl")
+        log.say(f"written to {plan.output}: {RESULTS}, {PREDICTIONS}")
     finally:
         if joined:
             dist.destroy_process_group()
@@ -154,12 +154,13 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
     dtype = arguments.dtype or run.get("dtype", "auto")
     if dtype == "auto":
         dtype = "bf16" if arguments.device.startswith("cuda") else "fp32"
+    plain = arguments.plain_prompts or bool(run.get("plain_prompts"))
     names = [*arguments.suite, arguments.tasks, Path(arguments.tasks_file or "").stem]
     what = "-".join(",".join(filter(None, names)).split(",")) or "tasks"
     return _Plan(
         subject=subject,
         tasks=tasks,
-        examples=_examples(arguments, subject, tasks),
+        examples=_examples(arguments, subject, tasks, plain),
         train_golds={name: found for name, found in golds.items() if found},
         task_ids=task_ids,
         modes=MODES[arguments.mode],
@@ -169,6 +170,7 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
             arguments.max_source_length or run.get("max_source_length"),
             arguments.max_target_length or run.get("max_target_length", 128),
         ),
+        plain_prompts=plain,
         output=Path(arguments.output_dir or subject.folder / f"{what}-{arguments.split}"),
     )
 
@@ -199,10 +201,9 @@ def _routes(subject: Subject, tasks: Sequence[Task], as_task: str | None) -> dic
 
 
 def _examples(
-    arguments: argparse.Namespace, subject: Subject, tasks: Sequence[Task]
+    arguments: argparse.Namespace, subject: Subject, tasks: Sequence[Task], plain: bool
 ) -> dict[str, dict[str, list[Example]]]:
     """The examples by split and task: the split that was asked for and, beside `test`, the further test sets."""
-    plain = arguments.plain_prompts or bool(subject.run.get("plain_prompts"))
     examples: dict[str, dict[str, list[Example]]] = {}
     for task in tasks:
         for split in (arguments.split, *(task.extra_tests if arguments.split == "test" else ())):
@@ -258,8 +259,8 @@ def _evaluate(arguments: argparse.Namespace, plan: _Plan, text_model: TextModel,
                 results += evaluate(
                     text_model, tasks, examples, task_ids=plan.task_ids, batch_size=arguments.batch_size, mode=mode,
                     split=split, num_beams=arguments.num_beams, normalise=arguments.length_normalised,
-                    train_golds=plan.train_golds, resamples=RESAMPLES, label=f"{split}, {mode}",
-                    journal=journal,
+                    train_golds=plan.train_golds, resamples=RESAMPLES, plain_prompts=plan.plain_prompts,
+                    label=f"{split}, {mode}", journal=journal,
                 )  # fmt: skip
     return results
 

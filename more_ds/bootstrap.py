@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
+RESAMPLES = 200
+"""Resamples behind a standard error, which they give to about 5 %; a test takes more."""
 LEVEL = 0.95
 """Coverage of the paired test's interval."""
 
@@ -55,7 +57,7 @@ class Paired(NamedTuple):
 
 
 def standard_error(
-    fn: CorpusMetric, predictions: Sequence[Any], golds: Sequence[Any], resamples: int = 200, seed: int = 0
+    fn: CorpusMetric, predictions: Sequence[Any], golds: Sequence[Any], resamples: int = RESAMPLES, seed: int = 0
 ) -> float:
     """Standard deviation of a metric over resamples of the examples, in the metric's unit.
 

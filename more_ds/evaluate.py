@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from more_ds.answering import Answering, Item, prepare
 from more_ds.errors import UserError
 from more_ds.journal import Journal
-from more_ds.metrics import METRICS, Gold, Prediction, evaluate_metrics, majority_scores
+from more_ds.metrics import METRICS, Gold, Prediction, evaluate_metrics, majority_scores, standard_errors
 from more_ds.results import GENERATION, LIKELIHOOD, TaskResult
 from more_ds.tasks import Task
-from more_ds.tasks.render import Example, answer_value, parse
+from more_ds.tasks.render import Example, answer_value, content_hash, parse, prompt_hash
 from more_ds.text_model import TextModel
 
 
@@ -30,6 +28,7 @@ def evaluate(
     normalise: bool = False,
     train_golds: Mapping[str, Sequence[Gold]] | None = None,
     resamples: int = 0,
+    plain_prompts: bool = False,
     label: str | None = "evaluating",
     journal: Journal | None = None,
 ) -> list[TaskResult]:
@@ -52,7 +51,8 @@ def evaluate(
         num_beams: of generation; 1 is greedy.
         normalise: divide an option's log-likelihood by its number of tokens.
         train_golds: the training answers by task, for the majority baseline.
-        resamples: bootstrap resamples for the standard error of the primary metric of closed tasks; 0: none.
+        resamples: bootstrap resamples for the standard errors; 0: none.
+        plain_prompts: whether the examples were made with the tasks' second prompts; recorded, no more.
         label: of the progress bar; None: no bar.
         journal: answers of an evaluation that was interrupted, which are taken over, and where answers are kept.
 
@@ -76,21 +76,10 @@ def evaluate(
         own = [i for i, item in enumerate(items) if item.task is task]
         records = [_record(items[i], split, scores.get(i), texts.get(i)) for i in own]
         golds = (train_golds or {}).get(task.name)
-        results.append(_result(task, split, records, [items[i].example.gold for i in own], golds, resamples, cut))
+        prompt = prompt_hash(task, plain=plain_prompts)
+        own_golds = [items[i].example.gold for i in own]
+        results.append(_result(task, split, records, own_golds, golds, resamples, cut[task.name], prompt))
     return results
-
-
-def standard_error(
-    task: Task, predictions: Sequence[Prediction], golds: Sequence[Gold], resamples: int, seed: int = 0
-) -> float:
-    """Standard deviation of the task's primary metric over bootstrap resamples of the examples, in percent."""
-    draw = np.random.default_rng(seed)
-    metric = METRICS[task.primary].fn
-    values = []
-    for _ in range(resamples):
-        rows = draw.integers(len(golds), size=len(golds)).tolist()
-        values.append(metric([predictions[i] for i in rows], [golds[i] for i in rows]))
-    return float(np.std(values, ddof=1))
 
 
 def check_known(names: Sequence[str], task_ids: Mapping[str, int]) -> None:
@@ -132,20 +121,23 @@ def _record(item: Item, split: str, scores: list[float] | None, text: str | None
 
 def _result(
     task: Task, split: str, records: list[dict[str, Any]], golds: Sequence[Gold], train_golds: Sequence[Gold] | None,
-    resamples: int, cut: Mapping[str, int],
+    resamples: int, cut: int, prompt: str,
 ) -> TaskResult:  # fmt: skip
     predictions = [record["prediction"] for record in records]
-    resampled = resamples > 0 and task.kind != "text"
     return TaskResult(
         task=task.name,
+        suite=task.suite,
         split=split,
         mode=records[0]["mode"],
         metrics=evaluate_metrics(task, predictions, golds),
+        standard_errors=standard_errors(task, predictions, golds, resamples) if resamples else {},
+        signatures={name: METRICS[name].signature for name in task.metrics},
         primary=task.primary,
         n=len(records),
         unparsable=sum(prediction is None for prediction in predictions),
-        cut=cut[task.name],
+        cut=cut,
         majority=majority_scores(task, train_golds, golds) if train_golds else None,
-        standard_error=standard_error(task, predictions, golds, resamples) if resampled else None,
+        prompt=prompt,
+        data=content_hash([(record["index"], record["gold"]) for record in records]),
         records=records,
     )

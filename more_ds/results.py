@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,9 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from more_ds import log
+from more_ds.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Version of `results.json`."""
+RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 
 GENERATION = "generation"
 LIKELIHOOD = "likelihood"
@@ -24,28 +27,36 @@ class TaskResult:
 
     Attributes:
         task: name of the task.
+        suite: name of its suite.
         split: `validation`, `test` or an extra test.
         mode: `likelihood` or `generation`.
         metrics: by name, in percent, in the task's order.
+        standard_errors: of the metrics, by name, in percent, over bootstrap resamples; without those not computed.
+        signatures: of the metrics, by name: settings, library, version.
         primary: name of the metric that stands for the task.
         n: number of examples.
         unparsable: generated answers that are none of the options.
         cut: prompts that were longer than the model may read.
         majority: the metrics of the majority answer; None where the training answers are not known.
-        standard_error: of the primary metric, in percent, over bootstrap resamples; None: not computed.
+        prompt: hash of the templates and answers that made the prompts and targets (`render.prompt_hash`).
+        data: hash of the examples' numbers and right answers.
         records: one mapping an example: task, split, mode, index, prompt, options, scores, text, prediction, gold.
     """
 
     task: str
+    suite: str
     split: str
     mode: str
     metrics: dict[str, float]
+    standard_errors: dict[str, float]
+    signatures: dict[str, str]
     primary: str
     n: int
     unparsable: int
     cut: int
     majority: dict[str, float] | None
-    standard_error: float | None
+    prompt: str
+    data: str
     records: list[dict[str, Any]]
 
     @property
@@ -59,11 +70,79 @@ def mean_score(results: Sequence[TaskResult]) -> float:
     return fmean(result.score for result in results)
 
 
-def result_table(results: Sequence[TaskResult]) -> str:
-    """One line a metric, the primary first, and the mean of the primary metrics of every split and mode.
+def mean_error(results: Sequence[TaskResult]) -> float | None:
+    """The standard error of `mean_score`, for tasks that share no examples; None where one task has none."""
+    errors = [result.standard_errors.get(result.primary) for result in results]
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(errors) if len(known) == len(errors) else None
 
-    Columns without anything to say are left out.
+
+def result_table(results: Sequence[TaskResult]) -> str:
+    """A table for each suite: a line a metric, the primary first, and the mean of every split and mode.
+
+    The mean is that of the tasks' primary metrics, each task with the same weight, as the MoRE paper and the GLUE
+    leaderboard print it; a task's further test splits have their own. Columns without anything to say are left out.
     """
+    suites: dict[str, list[TaskResult]] = {}
+    for result in results:
+        suites.setdefault(result.suite, []).append(result)
+    tables = [(name, _suite_table(part)) for name, part in suites.items()]
+    return "\n\n".join(f"{name}\n{text}" if len(tables) > 1 else text for name, text in tables)
+
+
+def write_results(folder: Path, results: Sequence[TaskResult], about: Mapping[str, Any]) -> None:
+    """Write `predictions.jsonl`, one line an example, and `results.json`: `about` and everything but the records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
+        for result in results:
+            for record in result.records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    kept = [f.name for f in fields(TaskResult) if f.name != "records"]
+    summary = [{name: getattr(result, name) for name in kept} for result in results]
+    document = {"format": FORMAT, **about, "results": summary}
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], list[TaskResult]]:
+    """Read a `results.json`, or that of a folder: what it says of the scoring, and the results without records.
+
+    Raises:
+        UserError: no such file, a damaged one, or one of another version of the format.
+    """
+    path = path / RESULTS if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no results at {path}; name a folder that eval/run.py has written, or its {RESULTS}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}; score again with eval/run.py") from error
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found}, but only {FORMAT} is read; score again with eval/run.py")
+    try:
+        results = [TaskResult(**entry, records=[]) for entry in document.pop("results")]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not complete: {error}; score again with eval/run.py") from error
+    return document, results
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """Read the records beside a `results.json` (or in a folder).
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    path = (path if path.is_dir() else path.parent) / PREDICTIONS
+    if not path.is_file():
+        raise UserError(f"no {PREDICTIONS} in {path.parent}; a paired test needs it: copy it there, or score again")
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON, line by line: {error}; score again with eval/run.py") from error
+
+
+def _suite_table(results: Sequence[TaskResult]) -> str:
     rows = [row for result in results for row in _metric_rows(result)]
     rows += [_mean_row(part) for part in _comparable(results) if len(part) > 1]
     header = ["task", "metric", "value", "+/-", "majority", "n"]
@@ -74,27 +153,13 @@ def result_table(results: Sequence[TaskResult]) -> str:
     return log.table(header, [[row.get(key) for key in header] for row in rows])
 
 
-def write_results(folder: Path, results: Sequence[TaskResult], about: Mapping[str, Any]) -> None:
-    """Write `predictions.jsonl`, one line an example, and `results.json`: `about` and everything but the records."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for result in results:
-            for record in result.records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    kept = [f.name for f in fields(TaskResult) if f.name != "records"]
-    summary = [{name: getattr(result, name) for name in kept} for result in results]
-    document = {"format": FORMAT, **about, "results": summary}
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-
-
 def _metric_rows(result: TaskResult) -> list[dict[str, Any]]:
     names = sorted(result.metrics, key=lambda name: name != result.primary)
     common = {key: getattr(result, key) for key in ("task", "split", "mode", "n", "unparsable", "cut")}
     return [
         common
         | {"metric": name, "value": result.metrics[name], "majority": (result.majority or {}).get(name)}
-        | {"+/-": result.standard_error if name == result.primary else None}
+        | {"+/-": result.standard_errors.get(name)}
         for name in names
     ]
 
@@ -120,6 +185,7 @@ def _mean_row(part: Sequence[TaskResult]) -> dict[str, Any]:
         "mode": part[0].mode,
         "metric": "primary",
         "value": mean_score(part),
+        "+/-": mean_error(part),
         "majority": fmean(majority) if len(majority) == len(part) else None,
         "n": sum(result.n for result in part),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from more_ds import checkpoint, log, report
+from more_ds.bootstrap import RESAMPLES
 from more_ds.checkpoint_files import base_identity, name_of
 from more_ds.engine import Ranks, gathered
 from more_ds.evaluate import evaluate
 from more_ds.mixture import Mixture
 from more_ds.plan import Plan
 from more_ds.results import TaskResult, mean_score, write_results
-from more_ds.run_folder import RunFolder, publish
+from more_ds.run_folder import RunFolder, publish, versions
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
 from more_ds.text_model import TextModel
@@ -125,8 +127,10 @@ class Run:
         }
         metrics = {task.name: task.primary for task in self.plan.tasks}
         results: list[TaskResult] = []
+        began = time.monotonic()
         for split, examples in self.plan.test.items():
-            part = self._score([task for task in self.plan.tasks if task.name in examples], examples, split)
+            tasks = [task for task in self.plan.tasks if task.name in examples]
+            part = self._score(tasks, examples, split, RESAMPLES)
             for result in part:
                 name = result.task if split == "test" else f"{result.task}/{split}"
                 columns.setdefault("test", {})[name] = result.score
@@ -135,9 +139,9 @@ class Run:
         chosen = self.chosen_ranks()
         if self.ranks.rank == 0:
             if results:
-                write_results(
-                    folder.path / "eval" / "test", results, {"step": state.best_step, "mode": results[0].mode}
-                )
+                about = {"subject": str(folder.path), "step": state.best_step, "base_model": self.plan.config.model}
+                about |= {"seconds": round(time.monotonic() - began, 1), "versions": versions()}
+                write_results(folder.path / "eval" / "test", results, about)
             if chosen:
                 table = {name: dict(zip(self.plan.task_names, c.tolist(), strict=True)) for name, c in chosen.items()}
                 (folder.path / "ranks.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
@@ -158,7 +162,9 @@ class Run:
         with gathered(p for p in self.text_model.peft.parameters() if p.requires_grad):
             return {name: chosen.cpu() for name, chosen in tuner.ranks().items()}  # type: ignore[union-attr]
 
-    def _score(self, tasks: Sequence[Task], examples: Mapping[str, Sequence[Example]], split: str) -> list[TaskResult]:
+    def _score(
+        self, tasks: Sequence[Task], examples: Mapping[str, Sequence[Example]], split: str, resamples: int = 0
+    ) -> list[TaskResult]:
         return evaluate(
             self.text_model,
             tasks,
@@ -168,6 +174,8 @@ class Run:
             mode=self.plan.config.eval_mode,
             split=split,
             train_golds=self.train_golds,
+            resamples=resamples,
+            plain_prompts=self.plan.config.plain_prompts,
             label=f"scoring {split}",
         )
 

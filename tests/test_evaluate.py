@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ from tiny_models import text_model
 from toy_suite import IDS, NAMES, SUITE, assert_same, on_ranks, toy_examples, toy_scores
 
 from more_ds.errors import UserError
-from more_ds.evaluate import evaluate, standard_error
+from more_ds.evaluate import evaluate
 from more_ds.generation import generate
 from more_ds.results import mean_score, result_table, write_results
 from more_ds.scoring import rank_options
 from more_ds.tasks import Task, load_suite
-from more_ds.tasks.render import answer_value
+from more_ds.tasks.render import answer_value, prompt_hash
 from more_ds.text_model import TextModel
 
 
@@ -126,12 +128,24 @@ def test_majority_and_standard_error(tasks: list[Task]) -> None:
     first, _, third, text = toy_scores(model, tasks, 8, train_golds=golds, resamples=50)
     assert first.majority == {"matthews": 0.0, "accuracy": pytest.approx(100 * 5 / 11)}
     assert third.majority is None
-    assert text.standard_error is None
-    assert third.standard_error is not None
-    assert third.standard_error == toy_scores(model, tasks, 3, resamples=50)[2].standard_error > 0
-    accuracy = Task("t", "s", "{x}", ("accuracy",), "accuracy", labels=tasks[0].labels)
-    many = [int(i % 4 == 0) for i in range(400)]
-    assert standard_error(accuracy, many, [0] * 400, 400) == pytest.approx(100 * (0.75 * 0.25 / 400) ** 0.5, rel=0.15)
+    assert first.standard_errors.keys() == first.metrics.keys()
+    assert third.standard_errors["accuracy"] > 0
+    assert third.standard_errors == toy_scores(model, tasks, 3, resamples=50)[2].standard_errors
+    assert text.standard_errors.keys() == {"exact_match"}
+    assert toy_scores(model, tasks, 8)[0].standard_errors == {}
+
+
+def test_hashes_tell_other_prompts_and_other_examples(tasks: list[Task]) -> None:
+    model = text_model("llama", NAMES)
+    whole, limited = toy_scores(model, tasks, 8), toy_scores(model, tasks, 8, 7)
+    assert [r.prompt for r in whole] == [r.prompt for r in limited]
+    assert not {r.data for r in whole} & {r.data for r in limited}
+    assert len({r.prompt for r in whole}) == 4
+    changed = [replace(tasks[0], prompt="accept {text}"), replace(tasks[0], labels=tasks[0].labels[::-1])]
+    changed += [replace(tasks[0], target="so {answer}"), tasks[0]]
+    assert len({prompt_hash(task) for task in changed}) == 4
+    assert prompt_hash(replace(tasks[0], plain_prompt="accept {text}"), plain=True) == prompt_hash(changed[0])
+    assert re.fullmatch("[0-9a-f]{12}", whole[0].prompt)
 
 
 def test_results_on_disk(tasks: list[Task], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -84,6 +86,18 @@ def parse(task: Task, text: str, example: Example) -> int | float | str | None:
     if task.kind == "text":
         return text
     return answer_value(task, example.options.index(text)) if text in example.options else None
+
+
+def prompt_hash(task: Task, *, plain: bool = False) -> str:
+    """Return the hash of what makes the texts of `task`: templates, closed answers, columns, transform."""
+    keys = ("target", "words", "options", "options_column", "references", "transform")
+    parts = {key: getattr(task, key) for key in keys}
+    return content_hash({"prompt": task.plain_prompt if plain else task.prompt, **parts})
+
+
+def content_hash(value: Any) -> str:
+    """Return the first 12 hexadecimal digits of the SHA-256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _column(row: Mapping[str, Any], name: str) -> Any:
