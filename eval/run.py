@@ -99,14 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks_file", help="a YAML file with tasks of your own")
     add("--data_dir", help="folder with <suite>/<task>/<split>.jsonl.gz; default: the run's, else the hub")
     add("--split", default="test", help="test (with the further test sets), validation or another split")
-    add("--limit", type=_positive, help="at most this many rows of each task")
+    add("--limit", type=cli.positive, help="at most this many rows of each task")
     add("--mode", choices=list(MODES), default=LIKELIHOOD, help="how closed answers are given")
     add("--length_normalised", action="store_true", help="likelihood per token of the answer")
-    add("--num_beams", type=_positive, default=1, help="of generation; 1 is greedy")
-    add("--batch_size", type=_positive, default=32, help="examples per batch and process")
+    add("--num_beams", type=cli.positive, default=1, help="of generation; 1 is greedy")
+    add("--batch_size", type=cli.positive, default=32, help="examples per batch and process")
     add("--plain_prompts", action="store_true", help="the tasks' second, plain prompts; default: as in the run")
-    add("--max_source_length", type=_positive, help="most tokens of a prompt; default: the run's, else up to 384")
-    add("--max_target_length", type=_positive, help="most tokens of an answer; default: the run's, else 128")
+    add("--max_source_length", type=cli.positive, help="most tokens of a prompt; default: the run's, else up to 384")
+    add("--max_target_length", type=cli.positive, help="most tokens of an answer; default: the run's, else 128")
     add("--as_task", help="the task that the adapter is to take every example for")
     add("--base_model", help="base model of an adapter, where the recorded one has moved")
     add("--dtype", choices=list(DTYPES), help="default: the run's, else bf16 on a GPU, fp32 on a CPU")
@@ -114,12 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--output_dir", help="default: <RUN>/eval/<what>-<split>")
     add("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher, which sets LOCAL_RANK as well
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
-    return int(text)
 
 
 def _join(arguments: argparse.Namespace) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -26,20 +27,29 @@ class Sums:
     """A corpus metric that reads its examples through sums alone, so that a resample costs one product.
 
     Attributes:
-        terms: (predictions, golds) -> what each example adds, (examples, terms).
-        value: the sums, (terms,) -> the metric.
+        statistics: (predictions, golds) -> what each example adds, (examples, k).
+        value: the sums, (k,) -> the metric.
     """
 
-    terms: Callable[[Sequence[Any], Sequence[Any]], Floats]
+    statistics: Callable[[Sequence[Any], Sequence[Any]], Floats]
     value: Callable[[Floats], float]
 
     def __call__(self, predictions: Sequence[Any], golds: Sequence[Any]) -> float:
         """The metric of the whole corpus."""
-        return self.value(self.terms(predictions, golds).sum(axis=0))
+        return self.value(self.statistics(predictions, golds).sum(axis=0))
 
 
 CorpusMetric: TypeAlias = Callable[[Sequence[Any], Sequence[Any]], float]
 """(predictions, golds) -> the metric; one that is a `Sums` is resampled fast."""
+
+
+class TaskPair(NamedTuple):
+    """Two systems' predictions for the examples of one task, and the metric that is to judge them."""
+
+    fn: CorpusMetric
+    a: Sequence[Any]
+    b: Sequence[Any]
+    golds: Sequence[Any]
 
 
 class Paired(NamedTuple):
@@ -77,14 +87,25 @@ def paired_test(
 ) -> Paired:
     """Compare two systems' predictions for the same examples.
 
-    The resampled differences, moved to a mean of zero, say how large a difference chance alone makes.
-
     Raises:
         ValueError: as in `standard_error`.
     """
-    first, second = _resampled(fn, [a, b], golds, resamples, seed)
-    difference = fn(a, golds) - fn(b, golds)
-    drawn = first - second
+    return paired_mean_test([TaskPair(fn, a, b, golds)], resamples, seed)
+
+
+def paired_mean_test(tasks: Sequence[TaskPair], resamples: int = 1000, seed: int = 0) -> Paired:
+    """Compare two systems by the mean of a metric over several tasks, whose examples are drawn apart.
+
+    The resampled differences, moved to a mean of zero, say how large a difference chance alone makes.
+
+    Raises:
+        ValueError: no tasks, and as in `standard_error`.
+    """
+    drawn = np.zeros(resamples)
+    for number, (fn, a, b, golds) in enumerate(tasks):
+        first, second = _resampled(fn, [a, b], golds, resamples, seed + number)
+        drawn += (first - second) / len(tasks)
+    difference = fmean(task.fn(task.a, task.golds) - task.fn(task.b, task.golds) for task in tasks)
     # A rounding error must not part two differences that are the same.
     extreme = np.abs(drawn - drawn.mean()) >= abs(difference) - 1e-9
     tail = (1.0 - LEVEL) / 2
@@ -102,13 +123,13 @@ def _resampled(
     if resamples < 2:
         raise ValueError(f"{resamples} resamples; two or more are needed")
     draw = np.random.default_rng(seed)
-    terms = [fn.terms(system, golds) for system in systems] if isinstance(fn, Sums) else []
+    statistics = [fn.statistics(system, golds) for system in systems] if isinstance(fn, Sums) else []
     values = np.empty((len(systems), resamples))
     for i in range(resamples):
         rows = draw.integers(count, size=count)
         if isinstance(fn, Sums):
             times = np.bincount(rows, minlength=count).astype(np.float64)
-            values[:, i] = [fn.value(times @ own) for own in terms]
+            values[:, i] = [fn.value(times @ own) for own in statistics]
         else:
             chosen = rows.tolist()
             drawn = [golds[j] for j in chosen]

@@ -49,6 +49,13 @@ def config_parser(description: str, usage: str | None = None) -> argparse.Argume
     return parser
 
 
+def positive(text: str) -> int:
+    """The type of a flag that takes a whole number above zero."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return int(text)
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Parse flags into (the parser's own arguments, keys for the configuration).
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Prediction = int | float | str | None
 Gold = int | float | tuple[str, ...]
+SKLEARN, SCIPY = f"scikit-learn:{version('scikit-learn')}", f"scipy:{version('scipy')}"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Metric:
         kinds: the kinds of task (`more_ds.tasks.schema.Task.kind`) it is defined for.
         low, high: range of its values, in percent.
         sums: the same metric as a function of sums over the examples, for a fast bootstrap; None: it is none.
-        library: the package that computes it; empty: this one.
-        settings: what else its number depends on, in sacreBLEU's words.
+        signature: what its number depends on: settings, library and its version.
     """
 
     name: str
@@ -51,19 +51,12 @@ class Metric:
     high: float = 100.0
     higher_is_better: bool = True
     sums: Sums | None = None
-    library: str = ""
-    settings: str = ""
+    signature: str = ""
 
     @property
     def resampled(self) -> CorpusMetric:
         """What a bootstrap computes: `sums` where there are any, else `fn`."""
         return self.sums or self.fn
-
-    @property
-    def signature(self) -> str:
-        """What two numbers must share to be compared: name, settings, library and its version."""
-        made_by = f"{self.library}:{version(self.library)}" if self.library else ""
-        return "|".join(filter(None, (self.name, self.settings, made_by)))
 
 
 def accuracy(predictions: Sequence[int | None], golds: Sequence[int]) -> float:
@@ -121,13 +114,13 @@ def bleu(predictions: Sequence[str | None], golds: Sequence[tuple[str, ...]]) ->
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", accuracy, ("labels", "options"), sums=sums.ACCURACY, library="scikit-learn"),
-        Metric("f1", f1, ("labels",), sums=sums.F1, library="scikit-learn"),
-        Metric("matthews", matthews, ("labels",), low=-100.0, sums=sums.MATTHEWS, library="scikit-learn"),
-        Metric("pearson", pearson, ("scale",), low=-100.0, sums=sums.PEARSON, library="scipy"),
-        Metric("spearman", spearman, ("scale",), low=-100.0, library="scipy"),
+        Metric("accuracy", accuracy, ("labels", "options"), sums=sums.ACCURACY, signature=SKLEARN),
+        Metric("f1", f1, ("labels",), sums=sums.F1, signature=SKLEARN),
+        Metric("matthews", matthews, ("labels",), low=-100.0, sums=sums.MATTHEWS, signature=SKLEARN),
+        Metric("pearson", pearson, ("scale",), low=-100.0, sums=sums.PEARSON, signature=SCIPY),
+        Metric("spearman", spearman, ("scale",), low=-100.0, signature=SCIPY),
         Metric("exact_match", exact_match, ("text",), sums=sums.EXACT_MATCH),
-        Metric("bleu", bleu, ("text",), library="sacrebleu", settings="case:lc|tok:13a|smooth:exp"),
+        Metric("bleu", bleu, ("text",), signature=f"case:lc|tok:13a|smooth:exp|sacrebleu:{version('sacrebleu')}"),
     )
 }
 

@@ -201,11 +201,6 @@ def test_standard_errors_of_every_metric() -> None:
     assert list(words) == ["exact_match"]
 
 
-def test_a_signature_names_settings_and_version() -> None:
-    assert METRICS["accuracy"].signature == f"accuracy|scikit-learn:{sklearn.__version__}"
-    assert METRICS["exact_match"].signature == "exact_match"
-    theirs = sacrebleu.metrics.BLEU(lowercase=True, tokenize="13a", force=True)
-    theirs.corpus_score(["a"], [["a"]])
-    parts = str(theirs.get_signature()).split("|")
-    assert {"case:lc", "tok:13a", "smooth:exp", f"version:{sacrebleu.__version__}"} <= set(parts)
-    assert METRICS["bleu"].signature == f"bleu|case:lc|tok:13a|smooth:exp|sacrebleu:{sacrebleu.__version__}"
+def test_a_signature_names_the_library_and_its_version() -> None:
+    assert METRICS["accuracy"].signature == f"scikit-learn:{sklearn.__version__}"
+    assert METRICS["bleu"].signature.endswith(f"sacrebleu:{sacrebleu.__version__}")

@@ -18,7 +18,7 @@ def result(task: str, value: float, **changes: Any) -> TaskResult:
     """A task's result with an accuracy, and an F1 ten points below."""
     made = TaskResult(
         task=task, suite="toy", split="test", mode="likelihood", metrics={"f1": value - 10, "accuracy": value},
-        standard_errors={"f1": 2.0, "accuracy": 1.5}, signatures={"f1": "f1|x:1", "accuracy": "accuracy|x:1"},
+        standard_errors={"f1": 2.0, "accuracy": 1.5}, signatures={"f1": "x:1", "accuracy": "x:1"},
         primary="accuracy", n=100, unparsable=0, cut=0, majority=None, prompt="p", data="d", records=[],
     )  # fmt: skip
     return replace(made, **changes)
