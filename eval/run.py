@@ -28,7 +28,7 @@ from more_ds.data import load_examples
 from more_ds.errors import UserError, suggest
 from more_ds.evaluate import check_known, evaluate
 from more_ds.journal import Journal
-from more_ds.loading import Subject, find_subject, load_text_model
+from more_ds.loading import Subject, choose_dtype, find_subject, load_text_model
 from more_ds.metrics import Gold
 from more_ds.model import DTYPES
 from more_ds.results import GENERATION, LIKELIHOOD, PREDICTIONS, RESULTS, TaskResult, result_table, write_results
@@ -145,9 +145,6 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
     tasks = _tasks(arguments, run)
     task_ids = _routes(subject, tasks, arguments.as_task)
     golds = {task.name: _train_golds(arguments, subject, task) for task in tasks}
-    dtype = arguments.dtype or run.get("dtype", "auto")
-    if dtype == "auto":
-        dtype = "bf16" if arguments.device.startswith("cuda") else "fp32"
     plain = arguments.plain_prompts or bool(run.get("plain_prompts"))
     names = [*arguments.suite, arguments.tasks, Path(arguments.tasks_file or "").stem]
     what = "-".join(",".join(filter(None, names)).split(",")) or "tasks"
@@ -158,7 +155,7 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
         train_golds={name: found for name, found in golds.items() if found},
         task_ids=task_ids,
         modes=MODES[arguments.mode],
-        dtype=dtype,
+        dtype=choose_dtype(subject, arguments.dtype, arguments.device),
         device=arguments.device,
         lengths=(
             arguments.max_source_length or run.get("max_source_length"),

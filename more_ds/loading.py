@@ -85,6 +85,14 @@ def find_subject(name: str, base_model: str | None = None) -> Subject:
     return Subject(name, str(base), adapter, config, run, home / "eval")
 
 
+def choose_dtype(subject: Subject, dtype: str | None, device: str) -> str:
+    """The dtype that is asked for, else the run's; where both leave it open, bf16 on a GPU and fp32 on a CPU."""
+    for name in (dtype, subject.run.get("dtype")):
+        if name not in (None, "auto"):
+            return str(name)
+    return "bf16" if device.startswith("cuda") else "fp32"
+
+
 def load_text_model(
     subject: Subject, *, dtype: str, device: str, max_source_length: int | None, max_target_length: int
 ) -> TextModel:
