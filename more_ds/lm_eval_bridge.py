@@ -9,7 +9,6 @@ of `eval/run.py` on the same text. The harness itself scores answers without EOS
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -130,7 +129,7 @@ class MoreDsLM(LM):
         encoder = self.text_model.encoder
         tasks = [self._task_id(request) for request in requests]
         settings = [_settings(request, encoder.max_target_length) for request in requests]
-        prompts = [encoder.prompt(str(request.args[0]).rstrip()) for request in requests]
+        prompts = [encoder.prompt(str(request.args[0]).strip()) for request in requests]
         texts: dict[int, str] = {}
         for limit, beams in sorted({(own.max_new_tokens, own.num_beams) for own in settings}):
 
@@ -162,17 +161,18 @@ class MoreDsLM(LM):
         """Token ids of a prompt and its answer."""
         encoder = self.text_model.encoder
         context, continuation = (str(part) for part in request.args)
-        prompt = context.rstrip()
-        answer = context[len(prompt) :] + continuation
-        if not encoder.is_encoder_decoder and not re.match(r" \S", answer):
+        # Prompts and answers of our templates carry no white space around them; one space parts them.
+        prompt, answer = context.strip(), continuation.strip()
+        between = context[len(context.rstrip()) :] + continuation[: len(continuation) - len(continuation.lstrip())]
+        if not encoder.is_encoder_decoder and (not between or between.strip(" ")):
             raise UserError(
-                f"task '{request.task_name}': an answer follows its prompt after one space, as in training; "
-                f"found {answer[:20]!r}; set target_delimiter to ' '"
+                f"task '{request.task_name}': an answer follows its prompt after a space, as in training; found "
+                f"{(context[-10:] + continuation)[:20]!r}; set target_delimiter to ' '"
             )
         ids = encoder.prompt(prompt)
         if not ids:
             raise UserError(f"task '{request.task_name}' has an empty prompt, and the model no BOS to stand in for it")
-        target = encoder.target(answer.lstrip())
+        target = encoder.target(answer)
         return ids, target if self._end_of_answer else target[:-1]
 
     def _in_batches(self, lengths: Mapping[int, int], work: Callable[[Sequence[int]], list[T]], label: str) -> list[T]:

@@ -21,6 +21,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip in
 from lm_eval.api.instance import Instance
 
 from more_ds.lm_eval_bridge import MoreDsLM
+from more_ds.scoring import rank_options
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE = """
@@ -138,6 +139,18 @@ def test_an_answer_is_greedy_where_every_token_is_the_likeliest(folder: Path, mo
     assert [written for _, written in model.loglikelihood(requests)] == [True, False, True]
 
 
+def test_white_space_is_as_in_training(folder: Path) -> None:
+    """The data of some tasks end in blanks, which the templates of ours take away."""
+    pairs = [("say it", " no"), ("say it ", "no"), (" say it ", " no\n")]
+    model = bridge(folder)
+    scores = [score for score, _ in model.loglikelihood([ask("loglikelihood", "tell", *pair) for pair in pairs])]
+    prompt, answer = model.text_model.encoder.prompt("say it"), model.text_model.encoder.target("no")
+    expected = rank_options(model.text_model, [prompt], [IDS["tell"]], [[answer]])[0]
+    assert scores == pytest.approx(expected * 3, abs=1e-5)
+    texts = model.generate_until([ask("generate_until", "tell", t, {"max_gen_toks": 4}) for t in ("say it", "say it ")])
+    assert texts[0] == texts[1]
+
+
 def test_the_end_of_an_answer_may_be_left_out(folder: Path) -> None:
     request = [ask("loglikelihood", "tell", "say it", " no")]
     whole, open_ended = (bridge(folder, end_of_answer=end).loglikelihood(request)[0][0] for end in (True, False))
@@ -159,7 +172,7 @@ def test_what_the_bridge_refuses(folder: Path) -> None:
     model = bridge(folder)
     with pytest.raises(UserError, match=r"does not know 'judge'; it knows: accept, .*task_map=judge:NAME"):
         model.loglikelihood([ask("loglikelihood", "judge", "a", " b")])
-    with pytest.raises(UserError, match=r"follows its prompt after one space.*found '\\nb'"):
+    with pytest.raises(UserError, match=r"follows its prompt after a space.*found 'a\\nb'"):
         model.loglikelihood([ask("loglikelihood", "tell", "a", "\nb")])
     with pytest.raises(UserError, match="asks for the perplexity of running text"):
         model.loglikelihood_rolling([ask("loglikelihood_rolling", "tell", "a")])
