@@ -13,13 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from more_ds.errors import UserError
 from more_ds.metrics import METRICS
 from more_ds.published import Published
 from more_ds.results import LIKELIHOOD, TaskResult, read_results
 from more_ds.tables import Cell, Table
+
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -32,6 +34,19 @@ class Row(NamedTuple):
     def label(self, main: str) -> str:
         """The task, and the split where it is not the table's."""
         return self.task if self.split == main else f"{self.task} ({self.split})"
+
+
+class Condition(NamedTuple):
+    """How a number came about, in words, and by a hash where words do not tell all."""
+
+    words: str
+    key: str = ""
+
+    def unlike(self, usual: Condition) -> str:
+        """The footnote of a number whose row is usually scored otherwise."""
+        if self.words == usual.words:
+            return f"other {self.words} than the unmarked"
+        return f"{self.words}; unmarked: {usual.words}"
 
 
 @dataclass(frozen=True)
@@ -54,14 +69,14 @@ class System:
         """The metric in percent; None: not known."""
         return self.results[row].metrics.get(metric) if row in self.results else None
 
-    def conditions(self, row: Row, metric: str) -> list[str]:
-        """What the numbers of a row have to share, in words."""
+    def conditions(self, row: Row, metric: str) -> list[Condition]:
+        """What the numbers of a row have to share."""
         result = self.results[row]
         return [
-            f"answers {self._way(result.mode)}",
-            f"over {result.n:,} examples ({result.data})",
-            f"prompts {result.prompt}",
-            f"{metric} by {result.signatures.get(metric) or 'this package'}",
+            Condition(f"answers {self._way(result.mode)}"),
+            Condition(f"{result.n:,} examples", result.data),
+            Condition("prompts", result.prompt),
+            Condition(f"{metric} by {result.signatures.get(metric) or 'this package'}"),
         ]
 
     def _way(self, mode: str) -> str:
@@ -164,11 +179,11 @@ class _Suite:
     def _cells(self, row: Row, metric: str, *, is_primary: bool) -> list[Cell]:
         known = [system for system in self.systems if system.score(row, metric) is not None]
         found = {system.name: system.conditions(row, metric) for system in known}
-        usual = [commonest(texts) for texts in zip(*found.values(), strict=True)]
+        usual = [commonest(conditions) for conditions in zip(*found.values(), strict=True)]
         cells = []
         for system in self.systems:
-            texts = zip(found.get(system.name, usual), usual, strict=True)
-            marks = "".join(self._mark(f"{text}; unmarked: {other}") for text, other in texts if text != other)
+            pairs = zip(found.get(system.name, usual), usual, strict=True)
+            marks = "".join(self._mark(own.unlike(other)) for own, other in pairs if own != other)
             error = system.results[row].standard_errors.get(metric) if system in known else None
             cells.append(Cell(system.score(row, metric), error, marks))
         for column in self.published:
@@ -199,9 +214,9 @@ class _Suite:
 
     def _mark(self, text: str) -> str:
         """The letter of a footnote."""
-        if len(self.notes) == len(string.ascii_letters):
+        if text not in self.notes and len(self.notes) == len(string.ascii_letters):
             raise UserError("more than 52 footnotes are needed: these results have little in common; compare fewer")
-        return self.notes.setdefault(text, string.ascii_letters[len(self.notes)])
+        return self.notes.setdefault(text, string.ascii_letters[len(self.notes) % len(string.ascii_letters)])
 
     def _with_best(self, cells: Sequence[Cell], metric: str | None) -> list[Cell]:
         """Mark the best of the numbers without footnotes, if they differ."""
@@ -216,6 +231,6 @@ class _Suite:
         return round(cell.value, self.decimals) if isinstance(cell.value, float) else None
 
 
-def commonest(values: Sequence[str]) -> str:
+def commonest(values: Sequence[T]) -> T:
     """The value that occurs most often; a tie goes to the first."""
     return Counter(values).most_common(1)[0][0]

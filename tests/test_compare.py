@@ -96,9 +96,9 @@ def test_a_mean_needs_every_task(tmp_path: Path, shown: Compare) -> None:
 @pytest.mark.parametrize(
     ("change", "settings", "note"),
     [
-        ({"n": 99, "data": "other"}, {}, "over 99 examples (other); unmarked: over 100 examples (d)"),
-        ({"data": "other"}, {}, "over 100 examples (other); unmarked: over 100 examples (d)"),
-        ({"prompt": "q"}, {}, "prompts q; unmarked: prompts p"),
+        ({"n": 99, "data": "other"}, {}, "99 examples; unmarked: 100 examples"),
+        ({"data": "other"}, {}, "other 100 examples than the unmarked"),
+        ({"prompt": "q"}, {}, "other prompts than the unmarked"),
         ({"signatures": {"accuracy": "x:2"}}, {}, "accuracy by x:2; unmarked: accuracy by x:1"),
         ({"mode": "generation"}, {}, "answers generated greedily; unmarked: answers ranked by likelihood"),
         ({"mode": "generation"}, {"num_beams": 4}, "answers generated with 4 beams; unmarked: "),
