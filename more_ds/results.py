@@ -33,6 +33,7 @@ class TaskResult:
         cut: prompts that were longer than the model may read.
         majority: the metrics of the majority answer; None where the training answers are not known.
         standard_error: of the primary metric, in percent, over bootstrap resamples; None: not computed.
+        task_found: examples whose task was inferred right, in percent; None: it was told, or cannot be right.
         records: one mapping an example: task, split, mode, index, prompt, options, scores, text, prediction, gold.
     """
 
@@ -47,6 +48,7 @@ class TaskResult:
     majority: dict[str, float] | None
     standard_error: float | None
     records: list[dict[str, Any]]
+    task_found: float | None = None
 
     @property
     def score(self) -> float:
@@ -69,6 +71,7 @@ def result_table(results: Sequence[TaskResult]) -> str:
     header = ["task", "metric", "value", "+/-", "majority", "n"]
     header[1:1] = [key for key in ("split", "mode") if len({row[key] for row in rows}) > 1]
     header += [key for key in ("unparsable", "cut") if any(row.get(key) for row in rows)]
+    header += ["task_found"] * any(row.get("task_found") is not None for row in rows)
     if all(row.get("+/-") is None for row in rows):
         header.remove("+/-")
     return log.table(header, [[row.get(key) for key in header] for row in rows])
@@ -90,7 +93,7 @@ def write_results(folder: Path, results: Sequence[TaskResult], about: Mapping[st
 
 def _metric_rows(result: TaskResult) -> list[dict[str, Any]]:
     names = sorted(result.metrics, key=lambda name: name != result.primary)
-    common = {key: getattr(result, key) for key in ("task", "split", "mode", "n", "unparsable", "cut")}
+    common = {key: getattr(result, key) for key in ("task", "split", "mode", "n", "unparsable", "cut", "task_found")}
     return [
         common
         | {"metric": name, "value": result.metrics[name], "majority": (result.majority or {}).get(name)}
