@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--infer_task",
         action="store_true",
-        help="find each example's task out from its prompt (MoRE), and say how well",
+        help="route by the task that the prompt looks like, and say how often that is right",
     )
     add("--base_model", help="base model of an adapter, where the recorded one has moved")
     add("--dtype", choices=list(DTYPES), help="default: the run's, else bf16 on a GPU, fp32 on a CPU")
@@ -155,8 +155,10 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
         subject = replace(subject, folder=Path("eval_results", name))
     run = subject.run
     tasks = _tasks(arguments, run)
-    if arguments.infer_task and arguments.as_task is not None:
-        raise UserError("--infer_task and --as_task both say how examples are routed; give one of the two")
+    if arguments.infer_task:
+        check_infers(subject.adapter_config)
+        if arguments.as_task is not None:
+            raise UserError("--infer_task and --as_task both say how examples are routed; give one of the two")
     task_ids = subject.task_ids if arguments.infer_task else _routes(subject, tasks, arguments.as_task)
     golds = {task.name: _train_golds(arguments, subject, task) for task in tasks}
     dtype = arguments.dtype or run.get("dtype", "auto")

@@ -6,23 +6,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from more_ds.collate import positions
 from more_ds.errors import UserError
 from more_ds.text_model import TextModel
-from more_ds.tuners import MoreModel
+from more_ds.tuners import MoreConfig
 from more_ds.tuners.more.nearest import similarities
 
 
-def check_infers(text_model: TextModel) -> None:
-    """Refuse a model whose adapter has no task embeddings.
+def check_infers(config: PeftConfig | None) -> None:
+    """Refuse an adapter whose task embeddings say nothing of prompts; `config` is its configuration.
 
     Raises:
-        UserError: it is not MoRE.
+        UserError: it is not MoRE, or was trained without the contrastive loss.
     """
-    if not isinstance(getattr(text_model.peft, "base_model", None), MoreModel):
+    if not isinstance(config, MoreConfig):
         raise UserError("the task is inferred from MoRE's task embeddings, and this model has none; use a MoRE adapter")
+    if config.contrastive_weight == 0:
+        raise UserError("the adapter was trained with contrastive_weight 0, so its embeddings say nothing of prompts")
 
 
 @torch.no_grad()
@@ -50,11 +53,12 @@ def infer_tasks(
         prompt is routed as t.
 
     Raises:
-        UserError: the adapter is not MoRE, or was trained without the contrastive loss.
+        UserError: as for `check_infers`.
+        ValueError: a task is merged into the weights.
     """
-    check_infers(text_model)
+    config: Any = getattr(text_model.peft, "active_peft_config", None)
+    check_infers(config)
     tuner: Any = text_model.peft.base_model
-    config = tuner.peft_config[tuner.active_adapters[0]]
     training = text_model.module.training
     text_model.module.eval()
     scores, votes = [], []
@@ -65,8 +69,6 @@ def infer_tasks(
                 cosines = torch.stack(list(seen.values()))[..., :num_tasks]
                 scores.append((cosines / config.temperature).log_softmax(-1)[..., task].mean(0))
                 votes.append((cosines.argmax(-1) == task).sum(0))
-    except ValueError as error:
-        raise UserError(str(error)) from error
     finally:
         text_model.module.train(training)
     chosen: Tensor = torch.stack(scores).argmax(0)

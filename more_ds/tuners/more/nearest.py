@@ -23,13 +23,11 @@ def similarities(model: MoreModel, adapter_name: str = "default") -> Iterator[di
         By name of the map, (batch, tasks) cosines of the last forward pass.
 
     Raises:
-        ValueError: a task is merged into the weights, or the contrastive loss was never on.
+        ValueError: a task is merged into the weights.
     """
     if model.context.merged_task is not None:
         raise ValueError("a task is merged into the weights; call unmerge_adapter() first")
     layers = [m for m in model.model.modules() if isinstance(m, MoreLinear) and m.compares(adapter_name)]
-    if not layers:
-        raise ValueError("the adapter was trained without the contrastive loss; its embeddings say nothing of prompts")
     seen: dict[str, Tensor] = {}
 
     def note(layer: Any, inputs: tuple[Any, ...]) -> None:
