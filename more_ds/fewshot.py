@@ -111,7 +111,8 @@ class FewShot:
         """
         self.text_model, self.ranks, self.config, self.sizes = text_model, ranks, config, sizes
         self.engine: Any = text_model.module
-        names: list[str] = self.engine.module.active_peft_config.task_names
+        adapter: Any = text_model.peft
+        names: list[str] = adapter.active_peft_config.task_names
         self.known, self.name = names[:-1], names[-1]
         self._start = checkpoint.adapter_tensors(self.engine)
 

@@ -13,11 +13,12 @@ from tiny_models import text_model
 from toy_suite import NAMES, toy_examples, toy_scores, write_toy
 
 from eval import run as eval_run
+from more_ds import answering
 from more_ds import evaluate as evaluate_module
 from more_ds.errors import UserError
-from more_ds.model import TextModel
 from more_ds.task_inference import infer_tasks
 from more_ds.tasks import load_suite
+from more_ds.text_model import TextModel
 
 TEXTS = ["a b", "what is it?", "yes", "the longest of all of these prompts", "%%%%", "Z9", "no no no", "once upon"]
 KINDS = [("llama", {}), ("llama", {"pooling": "last", "task_dim": 5}), ("t5", {"contrastive_maps": "encoder"})]
@@ -93,7 +94,7 @@ def test_votes_count_the_maps_to_which_the_task_is_nearest() -> None:
 
 def test_evaluation_routes_by_what_was_found(place: Path) -> None:
     model, tasks = text_model("llama", NAMES), load_suite(place / "toy.yaml")
-    always_one = mock.patch.object(evaluate_module, "infer_tasks", lambda _, prompts: ([1] * len(prompts), []))
+    always_one = mock.patch.object(answering, "infer_tasks", lambda _, prompts: ([1] * len(prompts), []))
     with always_one:
         found = toy_scores(model, tasks, 4, infer_task=True)
     told = evaluate_module.evaluate(
