@@ -10,6 +10,7 @@ command goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_ds import checkpoint, cli, log
-from more_ds.checkpoint_files import to_json, write_file
+from more_ds.checkpoint_files import ADAPTER, to_json, write_file
 from more_ds.collective import on_rank_zero
 from more_ds.config import RunConfig
 from more_ds.data import load_examples
@@ -68,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace) -> None:
     ranks = Ranks()
     plan = _plan(arguments, ranks)
+    settings = _settings(arguments, plan.subject)
     ranks.connect()
-    settings = _settings(arguments)
     known = on_rank_zero(lambda: _finished(plan.output, settings), ranks.device, f"{plan.output}")
     done = {(item["shots"], item["seed"]): Draw(**item) for item in known}
     left = [key for key in plan.draws if key not in done]
@@ -188,9 +189,13 @@ def _numbers(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags that decide what a single draw gives."""
-    return {name: v for name, v in vars(arguments).items() if name not in (*NOT_DECISIVE, "shots", "seeds")}
+def _settings(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]:
+    """What decides a single draw's result: the adapter's bytes, and flags."""
+    weights = (subject.adapter or Path()) / ADAPTER
+    if not weights.is_file():
+        raise UserError(f"no {ADAPTER} in {subject.adapter}; only safetensors are read; save the adapter again")
+    flags = {name: v for name, v in vars(arguments).items() if name not in (*NOT_DECISIVE, "shots", "seeds")}
+    return {**flags, "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

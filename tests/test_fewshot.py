@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from distributed import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toy_suite import NAMES, toy_row, write_toy
 
 from eval import run as eval_run
@@ -140,6 +140,24 @@ def test_finished_draws_are_kept(place: Path, one: dict[str, Any], capfd: pytest
     # More shots and seeds may be asked for; other settings may not.
     assert run_ranks(lambda _: transfer.main(argv(place, "one", "--learning_rate", "0.1")), 1) == [2]
     assert "holds other draws: learning_rate was 0.05, is 0.1" in capfd.readouterr().err
+
+
+def test_draws_of_an_adapter_that_was_trained_anew_are_not_kept(
+    place: Path, one: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = place / "adapter" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    tensors = load_file(weights)
+    tensors[next(iter(tensors))].add_(1)
+    try:
+        save_file(tensors, weights)
+        assert run_ranks(lambda _: transfer.main(argv(place, "one")), 1) == [2]
+        assert "holds other draws: adapter_sha256 was" in capfd.readouterr().err
+        weights.unlink()
+        assert transfer.main(argv(place, "one")) == 2
+        assert "no adapter_model.safetensors in" in capfd.readouterr().err
+    finally:
+        weights.write_bytes(before)
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,7 @@ class MoreModel(BaseTuner):
 
     def ranks(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """The task-to-rank table: (tasks,) from 1 to r, by the name of the adapted map."""
-        layers = ((key, m) for key, m in self.model.named_modules() if isinstance(m, MoreLinear))
-        return {key: layer.ranks(adapter_name).clone() for key, layer in layers if adapter_name in layer.more_A}
+        return {layer.key: layer.ranks(adapter_name).clone() for layer in self._layers(adapter_name)}
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, task: int | None = None
