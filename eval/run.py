@@ -33,6 +33,7 @@ from more_ds.metrics import Gold
 from more_ds.model import DTYPES
 from more_ds.results import GENERATION, LIKELIHOOD, PREDICTIONS, RESULTS, TaskResult, result_table, write_results
 from more_ds.run_folder import versions
+from more_ds.task_inference import check_infers
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example
 from more_ds.text_model import TextModel
@@ -108,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_source_length", type=cli.positive, help="most tokens of a prompt; default: the run's, else up to 384")
     add("--max_target_length", type=cli.positive, help="most tokens of an answer; default: the run's, else 128")
     add("--as_task", help="the task that the adapter is to take every example for")
+    add(
+        "--infer_task",
+        action="store_true",
+        help="route by the task that the prompt looks like, and say how often that is right",
+    )
     add("--base_model", help="base model of an adapter, where the recorded one has moved")
     add("--dtype", choices=list(DTYPES), help="default: the run's, else bf16 on a GPU, fp32 on a CPU")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
@@ -143,7 +149,11 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
         subject = replace(subject, folder=Path("eval_results", name))
     run = subject.run
     tasks = _tasks(arguments, run)
-    task_ids = _routes(subject, tasks, arguments.as_task)
+    if arguments.infer_task:
+        check_infers(subject.adapter_config)
+        if arguments.as_task is not None:
+            raise UserError("--infer_task and --as_task both say how examples are routed; give one of the two")
+    task_ids = subject.task_ids if arguments.infer_task else _routes(subject, tasks, arguments.as_task)
     golds = {task.name: _train_golds(arguments, subject, task) for task in tasks}
     plain = arguments.plain_prompts or bool(run.get("plain_prompts"))
     names = [*arguments.suite, arguments.tasks, Path(arguments.tasks_file or "").stem]
@@ -233,6 +243,7 @@ def _journal(arguments: argparse.Namespace, plan: _Plan) -> Journal:
         "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter and adapter.is_file() else None,
         "tasks": plan.task_ids,
         "settings": [plan.dtype, plan.lengths, arguments.num_beams, arguments.length_normalised],
+        "infer_task": arguments.infer_task,
     }
     journal = Journal(plan.output, settings, log.rank())
     if journal.known:
@@ -251,7 +262,7 @@ def _evaluate(arguments: argparse.Namespace, plan: _Plan, text_model: TextModel,
                     text_model, tasks, examples, task_ids=plan.task_ids, batch_size=arguments.batch_size, mode=mode,
                     split=split, num_beams=arguments.num_beams, normalise=arguments.length_normalised,
                     train_golds=plan.train_golds, resamples=RESAMPLES, plain_prompts=plan.plain_prompts,
-                    label=f"{split}, {mode}", journal=journal,
+                    label=f"{split}, {mode}", journal=journal, infer_task=arguments.infer_task,
                 )  # fmt: skip
     return results
 

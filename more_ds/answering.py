@@ -13,6 +13,7 @@ from more_ds.journal import Journal, name_of
 from more_ds.log import Progress
 from more_ds.results import GENERATION, LIKELIHOOD
 from more_ds.scoring import rank_options
+from more_ds.task_inference import infer_tasks
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
 from more_ds.text_model import TextModel
@@ -100,6 +101,18 @@ class Answering:
             own = [i for i in left if self.items[i].max_new_tokens == limit]
             batches += _batches(sorted(own, key=lambda i: -len(self.items[i].prompt)), self.batch_size)
         return known | self._spread(batches, answer, names, len(chosen))
+
+    def find_tasks(self) -> dict[int, int]:
+        """The task that every prompt looks like."""
+
+        def answer(batch: Sequence[Item]) -> list[int]:
+            return infer_tasks(self.text_model, [item.prompt for item in batch])[0]
+
+        chosen = range(len(self.items))
+        names = self._names("task", chosen)
+        left, known = self._left(chosen, names)
+        order = sorted(left, key=lambda i: -len(self.items[i].prompt))
+        return known | self._spread(_batches(order, self.batch_size), answer, names, len(chosen))
 
     def _names(self, kind: str, chosen: Sequence[int]) -> dict[int, str]:
         """Names of the items' answers in the journal; none without one."""

@@ -43,7 +43,8 @@ from more_ds.errors import TrainingError, UserError
 from more_ds.optimizer_state import MASTER, MOMENTS, NamedState, loss_scale, set_loss_scale
 
 __all__ = [
-    "adapter_tensors", "base_identity", "load", "newest_complete", "read_state", "rotate", "save", "save_adapter",
+    "adapter_tensors", "base_identity", "load", "newest_complete", "read_state", "restart", "rotate", "save",
+    "save_adapter",
 ]  # fmt: skip
 
 
@@ -189,6 +190,22 @@ def load(path: Path, engine: Any) -> dict[str, Any]:
     engine.global_samples = record["step"] * engine.train_batch_size()
     engine.micro_steps = record["step"] * engine.gradient_accumulation_steps()
     return record["run"]
+
+
+def restart(engine: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give the adapter these tensors, and the optimizer no memory, as if training were to begin. Collective.
+
+    Args:
+        engine: of `more_ds.engine.start`.
+        tensors: as `adapter_tensors` returns them; read on rank 0 alone.
+    """
+    adapter = _adapter(engine.module)
+    numbers = NamedState(engine, adapter.parameters)
+    numbers.set_step(0)
+    numbers.set(MASTER, tensors)
+    for kind in MOMENTS:
+        numbers.set(kind, {name: torch.zeros(shape) for name, shape in numbers.shapes(kind).items()})
+    _set_buffers(adapter, tensors, engine.device)
 
 
 def _adapter(model: PeftModel) -> _Adapter:

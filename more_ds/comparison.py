@@ -80,11 +80,12 @@ class System:
         ]
 
     def _way(self, mode: str) -> str:
+        routed = ", tasks inferred" if self.settings.get("infer_task") else ""
         if mode == LIKELIHOOD:
             per_token = " per token" if self.settings.get("length_normalised") else ""
-            return f"ranked by likelihood{per_token}"
+            return f"ranked by likelihood{per_token}{routed}"
         beams = self.settings.get("num_beams", 1)
-        return "generated greedily" if beams == 1 else f"generated with {beams} beams"
+        return ("generated greedily" if beams == 1 else f"generated with {beams} beams") + routed
 
 
 def load_systems(paths: Mapping[str, Path]) -> list[System]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from more_ds.answering import Answering, Item, prepare
@@ -29,6 +30,7 @@ def evaluate(
     train_golds: Mapping[str, Sequence[Gold]] | None = None,
     resamples: int = 0,
     plain_prompts: bool = False,
+    infer_task: bool = False,
     label: str | None = "evaluating",
     journal: Journal | None = None,
 ) -> list[TaskResult]:
@@ -53,6 +55,8 @@ def evaluate(
         train_golds: the training answers by task, for the majority baseline.
         resamples: bootstrap resamples for the standard errors; 0: none.
         plain_prompts: whether the examples were made with the tasks' second prompts; recorded, no more.
+        infer_task: route every example by the task that its prompt looks like (`more_ds.task_inference`), not by its
+            own; tasks that the adapter does not know may then be scored.
         label: of the progress bar; None: no bar.
         journal: answers of an evaluation that was interrupted, which are taken over, and where answers are kept.
 
@@ -62,9 +66,13 @@ def evaluate(
     """
     if mode not in (LIKELIHOOD, GENERATION):
         raise ValueError(f"mode is {mode!r}; use '{LIKELIHOOD}' or '{GENERATION}'")
-    if text_model.routes_by_task:
+    if text_model.routes_by_task and not infer_task:
         check_known([task.name for task in tasks], task_ids)
     items, cut = prepare(text_model, tasks, examples_by_task, task_ids)
+    if infer_task:
+        finding = label and f"{label}, finding the tasks"
+        found = Answering(text_model, items, batch_size, finding, journal, split).find_tasks()
+        items = [replace(item, task_id=found[i]) for i, item in enumerate(items)]
     ranked = [i for i, item in enumerate(items) if item.options and mode == LIKELIHOOD]
     chosen = set(ranked)
     written = [i for i in range(len(items)) if i not in chosen]
@@ -78,7 +86,11 @@ def evaluate(
         golds = (train_golds or {}).get(task.name)
         prompt = prompt_hash(task, plain=plain_prompts)
         own_golds = [items[i].example.gold for i in own]
-        results.append(_result(task, split, records, own_golds, golds, resamples, cut[task.name], prompt))
+        result = _result(task, split, records, own_golds, golds, resamples, cut[task.name], prompt)
+        if infer_task and task.name in task_ids:
+            right = sum(items[i].task_id == task_ids[task.name] for i in own)
+            result = replace(result, task_found=100 * right / len(own))
+        results.append(result)
     return results
 
 

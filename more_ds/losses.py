@@ -42,6 +42,10 @@ def contrastive_loss(z: Tensor, embeddings: Tensor, task_ids: Tensor, temperatur
         Scalar: the mean over the maps and the batch, in nats, computed in float32.
     """
     with torch.autocast(z.device.type, enabled=False):
-        cosine = F.normalize(at_least_float32(z), dim=-1) @ F.normalize(at_least_float32(embeddings), dim=-1).mT
-        log_p = torch.log_softmax(cosine / temperature, dim=-1)
+        log_p = torch.log_softmax(cosine(z, embeddings) / temperature, dim=-1)
     return -log_p.gather(-1, task_ids.unsqueeze(1).expand(*log_p.shape[:-1], 1)).mean()
+
+
+def cosine(z: Tensor, embeddings: Tensor) -> Tensor:
+    """Cosine similarity of (..., batch, width) with (..., tasks, width): (..., batch, tasks) float32."""
+    return F.normalize(at_least_float32(z), dim=-1) @ F.normalize(at_least_float32(embeddings), dim=-1).mT

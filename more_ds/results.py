@@ -40,6 +40,7 @@ class TaskResult:
         majority: the metrics of the majority answer; None where the training answers are not known.
         prompt: hash of the templates and answers that made the prompts and targets (`render.prompt_hash`).
         data: hash of the examples' numbers and right answers.
+        task_found: examples whose task was inferred right, in percent; None: it was told, or cannot be right.
         records: one mapping an example: task, split, mode, index, prompt, options, scores, text, prediction, gold.
     """
 
@@ -58,6 +59,7 @@ class TaskResult:
     prompt: str
     data: str
     records: list[dict[str, Any]]
+    task_found: float | None = None
 
     @property
     def score(self) -> float:
@@ -148,6 +150,7 @@ def _suite_table(results: Sequence[TaskResult]) -> str:
     header = ["task", "metric", "value", "+/-", "majority", "n"]
     header[1:1] = [key for key in ("split", "mode") if len({row[key] for row in rows}) > 1]
     header += [key for key in ("unparsable", "cut") if any(row.get(key) for row in rows)]
+    header += ["task_found"] * any(row.get("task_found") is not None for row in rows)
     if all(row.get("+/-") is None for row in rows):
         header.remove("+/-")
     return log.table(header, [[row.get(key) for key in header] for row in rows])
@@ -155,7 +158,7 @@ def _suite_table(results: Sequence[TaskResult]) -> str:
 
 def _metric_rows(result: TaskResult) -> list[dict[str, Any]]:
     names = sorted(result.metrics, key=lambda name: name != result.primary)
-    common = {key: getattr(result, key) for key in ("task", "split", "mode", "n", "unparsable", "cut")}
+    common = {key: getattr(result, key) for key in ("task", "split", "mode", "n", "unparsable", "cut", "task_found")}
     return [
         common
         | {"metric": name, "value": result.metrics[name], "majority": (result.majority or {}).get(name)}

@@ -38,8 +38,11 @@ def resolve_tasks(
 ) -> list[Task]:
     """Return the chosen tasks.
 
+    A name may be in several suites (`boolq`); `suite/name` then says which is meant. One run holds a name once, because
+    data, scores and the adapter know a task by it.
+
     Args:
-        names: tasks to choose, in the order wanted; None: all of the suites and the tasks file.
+        names: tasks to choose, `name` or `suite/name`, in the order wanted; None: all of the suites and the tasks file.
         suites: packaged suites to choose from; empty: every suite when `names` is given, else none.
         tasks_file: the user's own YAML file, whose tasks are added.
 
@@ -53,18 +56,21 @@ def resolve_tasks(
     wanted = list(names) if names is not None else [task.name for task in pool]
     if not wanted:
         raise UserError("no task chosen; name tasks, a suite or a tasks file")
-    if names is not None and len(set(wanted)) < len(wanted):
+    if names is not None and len({name.rpartition("/")[2] for name in wanted}) < len(wanted):
         raise UserError(f"a task is named twice: {', '.join(wanted)}; name each once")
     return [_only(name, pool) for name in wanted]
 
 
 def _only(name: str, pool: Sequence[Task]) -> Task:
-    found = [task for task in pool if task.name == name]
+    suite, _, bare = name.rpartition("/")
+    found = [task for task in pool if task.name == bare and suite in ("", task.suite)]
     if not found:
-        raise UserError(f"unknown task '{name}'{suggest(name, (task.name for task in pool))}")
+        known = (f"{task.suite}/{task.name}" if suite else task.name for task in pool)
+        raise UserError(f"unknown task '{name}'{suggest(name, known)}")
     if len(found) > 1:
         where = ", ".join(f"'{task.suite}'" for task in found)
-        raise UserError(f"task '{name}' is in {where}; name one suite, or rename the task")
+        choices = " or ".join(f"{task.suite}/{task.name}" for task in found)
+        raise UserError(f"task '{name}' is in {where}; choose {choices}, or rename the task")
     return found[0]
 
 

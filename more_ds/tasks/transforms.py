@@ -35,7 +35,41 @@ def linearise_triples(row: Row) -> dict[str, Any]:
     return {**row, "triples": "; ".join(" | ".join(map(str, triple)) for triple in triples)}
 
 
+def numbered_choices(row: Row) -> dict[str, Any]:
+    """Read `choices` ({text: [...], label: [...]}) and `answerKey` as ARC and OpenBookQA have them.
+
+    Adds `listed`, "Answer1: first Answer2: second", `names`, ["answer1", "answer2"], `format`, "answer1/answer2", and
+    `label`, the index of the right one. Rows have three to five choices, and keys A to E or 1 to 5.
+
+    Raises:
+        ValueError: a column is missing or of another form, or the key is none of the labels.
+    """
+    choices, key = row.get("choices"), row.get("answerKey")
+    texts, labels = (choices.get(name) for name in ("text", "label")) if isinstance(choices, Mapping) else (None, None)
+    if not isinstance(texts, (list, tuple)) or not isinstance(labels, (list, tuple)) or len(texts) != len(labels):
+        raise ValueError("needs a column 'choices' holding as many labels as texts")
+    if key not in labels:
+        raise ValueError(f"answerKey {key!r} is none of the labels {list(labels)}")
+    names = [f"answer{i}" for i in range(1, len(texts) + 1)]
+    listed = " ".join(f"{name.capitalize()}: {text}" for name, text in zip(names, texts, strict=True))
+    return {**row, "listed": listed, "names": names, "format": "/".join(names), "label": labels.index(key)}
+
+
+def four_endings(row: Row) -> dict[str, Any]:
+    """Add columns `ending1` to `ending4` from the list in column `endings` (HellaSwag).
+
+    Raises:
+        ValueError: there are not four.
+    """
+    endings = row.get("endings")
+    if not isinstance(endings, (list, tuple)) or len(endings) != 4:
+        raise ValueError("needs a column 'endings' holding a list of four")
+    return {**row, **{f"ending{i}": ending for i, ending in enumerate(endings, start=1)}}
+
+
 TRANSFORMS: dict[str, Callable[[Row], dict[str, Any]]] = {
     "lettered_options": lettered_options,
     "linearise_triples": linearise_triples,
+    "numbered_choices": numbered_choices,
+    "four_endings": four_endings,
 }

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 from more_ds.tuners.base import register
 from more_ds.tuners.more.config import MoreConfig
-from more_ds.tuners.more.layer import MoreLinear, expert_table
+from more_ds.tuners.more.experts import expert_table
+from more_ds.tuners.more.layer import MoreLinear
 from more_ds.tuners.more.model import MoreModel
 
 register("more", MoreConfig, MoreModel)

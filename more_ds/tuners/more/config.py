@@ -32,6 +32,13 @@ class MoreConfig(PeftConfig):
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of A, in training."})
     num_tasks: int = field(default=1, metadata={"help": "Number of tasks T."})
     task_names: list[str] | None = field(default=None, metadata={"help": "Names of the tasks, in task_ids' order."})
+    first_tasks: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tasks before any was added by `add_task`; None: all. It stays the T of c = r_t / T, so "
+            "that adding a task leaves the others as they are; a task after it has an embedding of its own."
+        },
+    )
     task_dim: int | None = field(
         default=None, metadata={"help": "Width of the task embeddings; None: the input width of each map."}
     )
@@ -96,12 +103,22 @@ class MoreConfig(PeftConfig):
         for name in ("r", "num_tasks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"MoreConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.first_tasks is not None and not 1 <= self.first_tasks <= self.num_tasks:
+            raise ValueError(
+                f"MoreConfig.first_tasks is {self.first_tasks}; it must be from 1 to num_tasks={self.num_tasks}"
+            )
         if self.temperature <= 0:
             raise ValueError(f"MoreConfig.temperature is {self.temperature}; it must be positive")
         if self.task_names is not None and len(self.task_names) != self.num_tasks:
             raise ValueError(f"MoreConfig.task_names has {len(self.task_names)} names for num_tasks={self.num_tasks}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("MoreConfig.layers_pattern is given without layers_to_transform; give both or neither")
+
+    @property
+    def table_sizes(self) -> list[int]:
+        """Rows of each parameter of the task table: the first tasks together, then one for each added task."""
+        first = self.first_tasks or self.num_tasks
+        return [first] + [1] * (self.num_tasks - first)
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets in order: the same settings are written as the same bytes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -11,45 +10,13 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
+from more_ds.losses import cosine
 from more_ds.numerics import at_least_float32
 from more_ds.tuners.base import add_to_base, restore_base
-from more_ds.tuners.context import TARGET, TaskContext, repeat_rows
+from more_ds.tuners.context import SOURCE, TARGET, TaskContext, repeat_rows
 from more_ds.tuners.more.config import MoreConfig
-
-
-def expert_table(r: int, num_tasks: int, scale: str, experts: str, seed: int) -> Tensor:
-    """What each expert multiplies the r components by: row k-1 is c(k) on the components of expert k.
-
-    Returns:
-        (r, r) float64, without alpha / r.
-    """
-    if experts == "prefix":
-        members = torch.tril(torch.ones(r, r, dtype=torch.float64))
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        members = torch.stack([(torch.randperm(r, generator=generator) < k).double() for k in range(1, r + 1)])
-    size = torch.arange(1, r + 1, dtype=torch.float64)
-    if scale == "rank":
-        return members * (size / num_tasks).unsqueeze(1)
-    return members * (size / r) ** 2 if scale == "component" else members
-
-
-@functools.lru_cache(maxsize=64)
-def _scaled_table(
-    sizes: tuple[int, int, str, str, int], scaling: float, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    return (expert_table(*sizes) * scaling).to(device, dtype)
-
-
-class Gate(nn.Linear):
-    """W_g e + b_g in float32 whatever the parameters' type and autocast say: in bfloat16, ties flip ranks."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (rows, h) to the (rows, r) logits, float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(*map(at_least_float32, (x, self.weight, self.bias)))
+from more_ds.tuners.more.experts import Gate, TaskTable, scaled_table, task_probabilities
 
 
 class MoreLinear(nn.Module, BaseTunerLayer):
@@ -59,7 +26,7 @@ class MoreLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("more_A", "more_B", "more_gate", "more_task")
-    other_param_names = ("more_ranks", "more_dropout", "configs", "stale")
+    other_param_names = ("more_ranks", "more_dropout", "configs", "stale", "alone")
     in_features: int
     out_features: int
 
@@ -79,6 +46,7 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         self.context, self.role, self.key = context, role, key
         self.configs: dict[str, MoreConfig] = {}
         self.stale: dict[str, bool] = {}
+        self.alone: dict[str, int | None] = {}
         # By adapter name; `Any`, because torch types whatever these containers hold as a bare module.
         self.more_A: Any = nn.ModuleDict()
         self.more_B: Any = nn.ModuleDict()
@@ -99,10 +67,11 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         self.more_A[adapter_name] = nn.Linear(self.in_features, config.r, bias=False)
         self.more_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False)
         self.more_gate[adapter_name] = Gate(width, config.r)
-        self.more_task[adapter_name] = nn.Embedding(config.num_tasks, width)
+        self.more_task[adapter_name] = TaskTable(config.table_sizes, width)
         self.more_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.more_ranks[adapter_name] = torch.ones(config.num_tasks, dtype=torch.long)
         self.stale[adapter_name] = True
+        self.alone[adapter_name] = None
         self.reset_parameters(adapter_name)
         frozen = ["more_gate"] if config.gate == "frozen" else []
         if (config.gate == "frozen" or config.gate_input == "pooled") and not self._contrasts(config):
@@ -116,8 +85,9 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         """Initialise: A, E and W_g Kaiming-uniform (a = sqrt 5), b_g zero, B zero (or as A, `init_weights=False`)."""
         if self.more_A[name].weight.is_meta:
             return
-        for module in (self.more_A[name], self.more_task[name], self.more_gate[name]):
-            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        weights = (self.more_A[name].weight, *self.more_task[name].parts(), self.more_gate[name].weight)
+        for weight in weights:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         nn.init.zeros_(self.more_gate[name].bias)
         if self.configs[name].init_weights:
             nn.init.zeros_(self.more_B[name].weight)
@@ -139,7 +109,7 @@ class MoreLinear(nn.Module, BaseTunerLayer):
     def _update(self, name: str, x: Tensor) -> Tensor:
         config = self.configs[name]
         x = self._cast_input_dtype(x, self.more_A[name].weight.dtype)
-        embeddings = self._embeddings(name, x.device)
+        embeddings = self.more_task[name]()
         if config.gate_input == "pooled":
             weights = self._weights_of_examples(name, x)
         else:
@@ -152,29 +122,34 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         hidden = self.more_A[name](self.more_dropout[name](x))
         return self.more_B[name](hidden * weights.to(hidden.dtype))
 
-    def _embeddings(self, name: str, device: torch.device) -> Tensor:
-        """E, (tasks, h), read through its module: under ZeRO-3 a raw parameter may not be there."""
-        every_task = torch.arange(self.configs[name].num_tasks, device=device)
-        return self.more_task[name](every_task)
-
     def _weights_of_tasks(self, name: str, embeddings: Tensor) -> Tensor:
         """v times alpha / r for every task, (tasks, r) float32; notes the ranks while training."""
         config = self.configs[name]
         if config.gate == "soft" or (config.gate == "ste" and (self.training or self.stale[name])):
-            p = torch.softmax(self.more_gate[name](embeddings), dim=-1)
-            with torch.no_grad():
-                self.more_ranks[name].copy_(p.argmax(-1) + 1)
+            p = self._gate(name, embeddings)
+            self._note_ranks(name, p)
             # The optimizer moves the gate after a training forward, so the table is behind until it is read again.
             self.stale[name] = self.training
             if config.gate == "soft":
-                return p @ self._table(name, p)
+                table = self._table(name, p)
+                return torch.cat([part @ table for part in p.split(config.table_sizes)])
             if self.training:
                 return self._straight_through(name, p)
         elif config.gate == "frozen" and self.stale[name]:
-            p = torch.softmax(self.more_gate[name](embeddings), dim=-1)
-            self.more_ranks[name].copy_(p.argmax(-1) + 1)
-            self.stale[name] = False
+            self._note_ranks(name, self._gate(name, embeddings))
         return self._table(name, at_least_float32(embeddings)).index_select(0, self.more_ranks[name] - 1)
+
+    def _gate(self, name: str, embeddings: Tensor) -> Tensor:
+        """p of every task, (tasks, r) float32."""
+        return task_probabilities(self.more_gate[name], embeddings, self.configs[name].table_sizes)
+
+    @torch.no_grad()
+    def _note_ranks(self, name: str, p: Tensor) -> None:
+        """Bring the task-to-rank table up to p, (tasks, r); while one task trains alone, the others' ranks stay."""
+        row = self.alone[name]
+        rows = slice(None) if row is None else slice(row, row + 1)
+        self.more_ranks[name][rows] = p[rows].argmax(-1) + 1
+        self.stale[name] = False
 
     def _weights_of_examples(self, name: str, x: Tensor) -> Tensor:
         """The same, gated by each example's own prompt: (batch, r). Decoding steps keep what the prompt chose.
@@ -202,6 +177,15 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         pooled = at_least_float32(self.context.pool(x, self.role, how))
         return self.context.project(pooled, config.task_dim or self.in_features, config.seed)
 
+    def similarity(self, name: str, x: Tensor) -> Tensor:
+        """Cosine of the pooled input of the map, (batch, length, in), with every task embedding: (batch, tasks)."""
+        x = self._cast_input_dtype(x, self.more_A[name].weight.dtype)
+        return cosine(self._pooled(name, x, self.configs[name].pooling), self.more_task[name]())
+
+    def compares(self, name: str) -> bool:
+        """Whether the contrastive loss has taught the embeddings of this map to be near their tasks' prompts."""
+        return name in self.more_A and self.role == SOURCE and self._contrasts(self.configs[name])
+
     def _straight_through(self, name: str, p: Tensor) -> Tensor:
         """s[r_t] * c * 1[component of expert r_t], (rows, r): the forward is hard, the gradient goes to p[r_t]."""
         chosen = p.argmax(-1, keepdim=True)
@@ -212,8 +196,8 @@ class MoreLinear(nn.Module, BaseTunerLayer):
     def _table(self, name: str, like: Tensor) -> Tensor:
         """The expert table times alpha / r, (r, r), on the device and in the type of `like`."""
         config = self.configs[name]
-        sizes = (config.r, config.num_tasks, config.scale, config.experts, config.seed)
-        return _scaled_table(sizes, config.lora_alpha / config.r, like.device, like.dtype)
+        sizes = (config.r, config.table_sizes[0], config.scale, config.experts, config.seed)
+        return scaled_table(sizes, config.lora_alpha / config.r, like.device, like.dtype)
 
     def _contrasts(self, config: MoreConfig) -> bool:
         compared = config.contrastive_maps == "all" or "encoder" in self.key.split(".")
@@ -223,17 +207,36 @@ class MoreLinear(nn.Module, BaseTunerLayer):
     def _refresh(self, name: str) -> None:
         """Bring the task-to-rank table up to the gate's present parameters, if they are whole on this rank."""
         gate, task = self.more_gate[name], self.more_task[name]
-        if gate.weight.numel() == 0 or task.weight.numel() == 0 or gate.weight.is_meta:
-            return
-        p = torch.softmax(F.linear(*map(at_least_float32, (task.weight, gate.weight, gate.bias))), dim=-1)
-        self.more_ranks[name].copy_(p.argmax(-1) + 1)
-        self.stale[name] = False
+        if not any(p.numel() == 0 or p.is_meta for p in (*gate.parameters(), *task.parameters())):
+            # Not called as modules: outside of a forward pass, ZeRO-3's hooks would lose their place.
+            self._note_ranks(name, task_probabilities(gate.forward, task.forward(), self.configs[name].table_sizes))
 
     def ranks(self, name: str) -> Tensor:
         """The task-to-rank table of an adapter, (tasks,) from 1 to r."""
         if self.stale[name]:
             self._refresh(name)
         return self.more_ranks[name]
+
+    @torch.no_grad()
+    def add_task(self, name: str, source: int) -> None:
+        """Add a task whose embedding and rank are those of task `source`; the configuration is not changed."""
+        ranks = self.ranks(name)
+        row = self.more_task[name]()[source : source + 1]
+        self.more_task[name].append(row)
+        self.more_ranks[name] = torch.cat([ranks, ranks[source : source + 1]])
+
+    def train_alone(self, name: str, task: int | None) -> None:
+        """Train the embedding of one added task and nothing else of the adapter; None: train everything.
+
+        The ranks of the others are what they were when this is called, whatever type the gate is computed in later.
+        """
+        self.ranks(name)
+        self.alone[name] = task
+        self.set_adapter(self.active_adapters)
+        if task is not None:
+            for container in self.adapter_layer_names:
+                getattr(self, container)[name].requires_grad_(False)
+            self.more_task[name].parts()[task - self.configs[name].table_sizes[0] + 1].requires_grad_(True)
 
     @staticmethod
     def _refresh_before_saving(layer: MoreLinear, prefix: str, keep_vars: bool) -> None:
@@ -260,8 +263,7 @@ class MoreLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"task {task} is out of range; the adapter knows tasks 0 to {config.num_tasks - 1}")
         table = self._table(adapter, at_least_float32(self.more_A[adapter].weight))
         if config.gate == "soft":
-            gate, embedding = self.more_gate[adapter], self.more_task[adapter].weight[task : task + 1]
-            weights = torch.softmax(gate(embedding), dim=-1) @ table
+            weights = self._gate(adapter, self.more_task[adapter]())[task] @ table
         else:
             weights = table[self.ranks(adapter)[task] - 1]
         return (at_least_float32(self.more_B[adapter].weight) * weights) @ at_least_float32(self.more_A[adapter].weight)

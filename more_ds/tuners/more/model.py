@@ -12,6 +12,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from more_ds.errors import suggest
 from more_ds.losses import IGNORED, contrastive_loss
 from more_ds.tuners.base import TASK_IDS
 from more_ds.tuners.context import SOURCE, TARGET, TaskContext, repeat_rows
@@ -118,10 +119,74 @@ class MoreModel(BaseTuner):
             self._check_tasks(torch.tensor([task]))
         self.context.default_task = task
 
+    def add_task(self, name: str, init_from: str | int, adapter_name: str = "default") -> int:
+        """Teach the adapter one more task, which starts as a copy of one that it knows.
+
+        The embedding of task `init_from` is copied in every adapted map, and with it the gate's choice of rank, as the
+        gate is one function of the embedding for all tasks. The outputs of the other tasks stay what they are, to the
+        bit. To be called before an optimizer or a DeepSpeed engine is made.
+
+        Args:
+            name: of the task.
+            init_from: name or number of a task.
+            adapter_name: adapter to extend.
+
+        Returns:
+            The number of the task.
+
+        Raises:
+            ValueError: the name is taken, `init_from` is unknown, the adapter's tasks have no names, or its weights
+                are not whole on this rank (ZeRO-3).
+        """
+        config = self.peft_config[adapter_name]
+        known = config.task_names
+        if known is None:
+            raise ValueError("the adapter does not name its tasks; set task_names in its config, in order")
+        if name in known:
+            raise ValueError(f"the adapter knows task '{name}' already; it knows: {', '.join(known)}")
+        source = init_from if isinstance(init_from, int) else known.index(init_from) if init_from in known else -1
+        if not 0 <= source < config.num_tasks:
+            raise ValueError(f"init_from is {init_from!r}{suggest(str(init_from), known)}")
+        layers = self._layers(adapter_name)
+        if any(p.numel() == 0 for layer in layers for p in layer.more_task[adapter_name].parameters()):
+            raise ValueError("the task embeddings are partitioned by ZeRO-3; add the task before the engine is made")
+        for layer in layers:
+            layer.add_task(adapter_name, source)
+        config.first_tasks = config.table_sizes[0]
+        config.num_tasks, config.task_names = config.num_tasks + 1, [*known, name]
+        return config.num_tasks - 1
+
+    def train_task(self, name: str | None, adapter_name: str = "default") -> None:
+        """Train the embedding of one added task alone; None: everything that the adapter trains.
+
+        With the gate `ste` the outputs then change as far as the embedding moves the task to other ranks; with `soft`
+        they change smoothly. To be called before an optimizer or a DeepSpeed engine is made.
+
+        Raises:
+            ValueError: the task was not added by `add_task`, or its embedding decides nothing (gate `frozen`, or a gate
+                on the pooled input).
+        """
+        config = self.peft_config[adapter_name]
+        task = None
+        if name is not None:
+            added = (config.task_names or [])[config.table_sizes[0] :]
+            if name not in added:
+                raise ValueError(f"'{name}' is no task that was added{suggest(name, added)}")
+            if config.gate == "frozen" or config.gate_input == "pooled":
+                raise ValueError(
+                    f"with gate={config.gate} and gate_input={config.gate_input} a task embedding decides nothing; "
+                    "train the whole adapter"
+                )
+            task = config.task_names.index(name)
+        for layer in self._layers(adapter_name):
+            layer.train_alone(adapter_name, task)
+
+    def _layers(self, adapter_name: str) -> list[MoreLinear]:
+        return [m for m in self.model.modules() if isinstance(m, MoreLinear) and adapter_name in m.more_A]
+
     def ranks(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """The task-to-rank table: (tasks,) from 1 to r, by the name of the adapted map."""
-        layers = ((key, m) for key, m in self.model.named_modules() if isinstance(m, MoreLinear))
-        return {key: layer.ranks(adapter_name).clone() for key, layer in layers if adapter_name in layer.more_A}
+        return {layer.key: layer.ranks(adapter_name).clone() for layer in self._layers(adapter_name)}
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, task: int | None = None
