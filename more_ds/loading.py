@@ -150,17 +150,7 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
         UserError: no weights, damaged weights, weights of another shape, missing or left-over tensors, or values
             that are not finite.
     """
-    path = folder / ADAPTER
-    if not path.is_file():
-        raise UserError(f"no {ADAPTER} in {folder}; only safetensors are read; save the adapter again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}; copy or save the adapter again") from error
-    broken = [key for key, value in saved.items() if value.is_floating_point() and not bool(value.isfinite().all())]
-    if broken:
-        raise UserError(f"{path}: {len(broken)} tensors are not finite, e.g. {broken[0]}; take another checkpoint")
+    saved = read_weights(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing keys, which are an error below
@@ -175,6 +165,26 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
             f"note: every B of the adapter {folder} is zero, so it changes nothing: what is scored is the base model"
         )
     return adapted
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter, by their names in the file.
+
+    Raises:
+        UserError: no weights, damaged weights, or values that are not finite.
+    """
+    path = folder / ADAPTER
+    if not path.is_file():
+        raise UserError(f"no {ADAPTER} in {folder}; only safetensors are read; save the adapter again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}; copy or save the adapter again") from error
+    broken = [key for key, value in saved.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} tensors are not finite, e.g. {broken[0]}; take another checkpoint")
+    return saved
 
 
 def _check_complete(model: PeftModel, saved: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -24,6 +24,8 @@ def check_infers(config: PeftConfig | None) -> None:
     """
     if not isinstance(config, MoreConfig):
         raise UserError("the task is inferred from MoRE's task embeddings, and this model has none; use a MoRE adapter")
+    if config.gate == "table":
+        raise UserError("the adapter was exported without task embeddings; infer tasks with the one it was made from")
     if config.contrastive_weight == 0:
         raise UserError("the adapter was trained with contrastive_weight 0, so its embeddings say nothing of prompts")
 

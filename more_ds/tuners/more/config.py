@@ -10,7 +10,7 @@ from peft import PeftConfig
 from more_ds.tuners.base import peft_type
 
 CHOICES = {
-    "gate": ("ste", "soft", "frozen"),
+    "gate": ("ste", "soft", "frozen", "table"),
     "scale": ("rank", "component", "none"),
     "experts": ("prefix", "subset"),
     "gate_input": ("task", "pooled"),
@@ -42,11 +42,12 @@ class MoreConfig(PeftConfig):
     task_dim: int | None = field(
         default=None, metadata={"help": "Width of the task embeddings; None: the input width of each map."}
     )
-    gate: Literal["ste", "soft", "frozen"] = field(
+    gate: Literal["ste", "soft", "frozen", "table"] = field(
         default="ste",
         metadata={
             "help": "`ste`: hard choice, straight-through gradient (paper). `soft`: all experts, weighted by p. "
-            "`frozen`: the ranks stay what the random gate says at the start, as in the published code."
+            "`frozen`: the ranks stay what the random gate says at the start, as in the published code. "
+            "`table`: no gate and no embeddings, the saved ranks alone; for inference."
         },
     )
     scale: Literal["rank", "component", "none"] = field(
@@ -106,6 +107,10 @@ class MoreConfig(PeftConfig):
         if self.first_tasks is not None and not 1 <= self.first_tasks <= self.num_tasks:
             raise ValueError(
                 f"MoreConfig.first_tasks is {self.first_tasks}; it must be from 1 to num_tasks={self.num_tasks}"
+            )
+        if self.gate == "table" and (self.gate_input != "task" or self.contrastive_weight > 0):
+            raise ValueError(
+                "MoreConfig.gate='table' has no embeddings: it needs gate_input='task' and contrastive_weight=0"
             )
         if self.temperature <= 0:
             raise ValueError(f"MoreConfig.temperature is {self.temperature}; it must be positive")

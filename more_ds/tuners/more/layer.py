@@ -66,11 +66,12 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         self.configs[adapter_name] = config
         self.more_A[adapter_name] = nn.Linear(self.in_features, config.r, bias=False)
         self.more_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False)
-        self.more_gate[adapter_name] = Gate(width, config.r)
-        self.more_task[adapter_name] = TaskTable(config.table_sizes, width)
+        if config.gate != "table":
+            self.more_gate[adapter_name] = Gate(width, config.r)
+            self.more_task[adapter_name] = TaskTable(config.table_sizes, width)
         self.more_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.more_ranks[adapter_name] = torch.ones(config.num_tasks, dtype=torch.long)
-        self.stale[adapter_name] = True
+        self.stale[adapter_name] = config.gate != "table"
         self.alone[adapter_name] = None
         self.reset_parameters(adapter_name)
         frozen = ["more_gate"] if config.gate == "frozen" else []
@@ -85,10 +86,12 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         """Initialise: A, E and W_g Kaiming-uniform (a = sqrt 5), b_g zero, B zero (or as A, `init_weights=False`)."""
         if self.more_A[name].weight.is_meta:
             return
-        weights = (self.more_A[name].weight, *self.more_task[name].parts(), self.more_gate[name].weight)
+        weights = [self.more_A[name].weight]
+        if name in self.more_gate:
+            weights += [*self.more_task[name].parts(), self.more_gate[name].weight]
+            nn.init.zeros_(self.more_gate[name].bias)
         for weight in weights:
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        nn.init.zeros_(self.more_gate[name].bias)
         if self.configs[name].init_weights:
             nn.init.zeros_(self.more_B[name].weight)
         else:
@@ -109,22 +112,28 @@ class MoreLinear(nn.Module, BaseTunerLayer):
     def _update(self, name: str, x: Tensor) -> Tensor:
         config = self.configs[name]
         x = self._cast_input_dtype(x, self.more_A[name].weight.dtype)
-        embeddings = self.more_task[name]()
+        asks_gate = config.gate == "soft" or self.training or self.stale[name]
+        embeddings = self.more_task[name]() if asks_gate and config.gate != "table" else None
         if config.gate_input == "pooled":
             weights = self._weights_of_examples(name, x)
         else:
             rows = self.context.rows(config.num_tasks, x.device)
-            weights = self._weights_of_tasks(name, embeddings).index_select(0, rows)
-        if self.training and self._contrasts(config):
+            weights = self._weights_of_tasks(name, embeddings, x).index_select(0, rows)
+        if embeddings is not None and self.training and self._contrasts(config):
             self.context.record(self.key, name, self._pooled(name, x, config.pooling), embeddings)
         weights = repeat_rows(weights, x.shape[0])
         weights = weights.view(weights.shape[0], *[1] * (x.dim() - 2), -1)
         hidden = self.more_A[name](self.more_dropout[name](x))
         return self.more_B[name](hidden * weights.to(hidden.dtype))
 
-    def _weights_of_tasks(self, name: str, embeddings: Tensor) -> Tensor:
-        """v times alpha / r for every task, (tasks, r) float32; notes the ranks while training."""
+    def _weights_of_tasks(self, name: str, embeddings: Tensor | None, like: Tensor) -> Tensor:
+        """v times alpha / r for every task, (tasks, r) float32; notes the ranks while training.
+
+        Without embeddings, the (tasks, h) that the gate is asked about, the table of ranks decides.
+        """
         config = self.configs[name]
+        if embeddings is None:
+            return self._table(name, like).index_select(0, self.more_ranks[name] - 1)
         if config.gate == "soft" or (config.gate == "ste" and (self.training or self.stale[name])):
             p = self._gate(name, embeddings)
             self._note_ranks(name, p)
@@ -137,7 +146,7 @@ class MoreLinear(nn.Module, BaseTunerLayer):
                 return self._straight_through(name, p)
         elif config.gate == "frozen" and self.stale[name]:
             self._note_ranks(name, self._gate(name, embeddings))
-        return self._table(name, at_least_float32(embeddings)).index_select(0, self.more_ranks[name] - 1)
+        return self._table(name, like).index_select(0, self.more_ranks[name] - 1)
 
     def _gate(self, name: str, embeddings: Tensor) -> Tensor:
         """p of every task, (tasks, r) float32."""
@@ -194,10 +203,11 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         return selected * self._table(name, p).index_select(0, chosen.squeeze(1))
 
     def _table(self, name: str, like: Tensor) -> Tensor:
-        """The expert table times alpha / r, (r, r), on the device and in the type of `like`."""
+        """The expert table times alpha / r, (r, r), where `like` is, in its type or float32 if that is wider."""
         config = self.configs[name]
         sizes = (config.r, config.table_sizes[0], config.scale, config.experts, config.seed)
-        return scaled_table(sizes, config.lora_alpha / config.r, like.device, like.dtype)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return scaled_table(sizes, config.lora_alpha / config.r, like.device, dtype)
 
     def _contrasts(self, config: MoreConfig) -> bool:
         compared = config.contrastive_maps == "all" or "encoder" in self.key.split(".")
@@ -261,7 +271,7 @@ class MoreLinear(nn.Module, BaseTunerLayer):
             raise ValueError("gate_input='pooled' chooses the rank by example; such an adapter cannot be merged")
         if task is None or not 0 <= task < config.num_tasks:
             raise ValueError(f"task {task} is out of range; the adapter knows tasks 0 to {config.num_tasks - 1}")
-        table = self._table(adapter, at_least_float32(self.more_A[adapter].weight))
+        table = self._table(adapter, self.more_A[adapter].weight)
         if config.gate == "soft":
             weights = self._gate(adapter, self.more_task[adapter]())[task] @ table
         else:
