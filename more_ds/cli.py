@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import yaml
 
-from more_ds import log
+from more_ds.command import Parser, run
 from more_ds.config import RunConfig
-from more_ds.errors import TrainingError, UserError, suggest
+from more_ds.errors import UserError, suggest
+
+__all__ = ["NESTED", "Parser", "config_parser", "parse", "run"]
 
 NESTED = ("adapter", "sampling_weights")
 """Fields whose keys are flags of their own."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are a user's mistakes: one line, exit code 2."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def config_parser(description: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -74,25 +68,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     names = {f.name for f in fields(RunConfig)}
     values = {key: value for key, value in vars(arguments).items() if key in names and key not in NESTED}
     return arguments, values | nested
-
-
-def run(main: Callable[[], None]) -> int:
-    """Run a command: a user's mistake is one line and exit code 2, a run that cannot go on one line and 1."""
-    try:
-        main()
-    except UserError as error:
-        _say_once(error)
-        return 2
-    except TrainingError as error:
-        _say_once(error)
-        return 1
-    return 0
-
-
-def _say_once(error: Exception) -> None:
-    """All ranks of a machine meet the same mistake; the first one names it."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        log.fail(str(error))
 
 
 def _take_nested(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

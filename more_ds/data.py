@@ -27,6 +27,7 @@ import pyarrow.parquet
 
 from more_ds.errors import UserError, suggest
 from more_ds.tasks.render import Example, render
+from more_ds.tasks.rows import in_subset, joined
 from more_ds.tasks.schema import Task
 from more_ds.tasks.suite import SUFFIXES, is_file_name
 
@@ -86,9 +87,12 @@ def _numbered(
     task: Task, split: str, data_dir: str | Path | None, limit: int | None, seed: int
 ) -> list[tuple[int, Row]]:
     source, where = _source(task, data_dir)
-    base, part = _protocol(task, split, source, where)
-    rows = source[base]()
+    is_subset = split in task.subsets and split not in source
+    base, part = _protocol(task, "test" if is_subset else split, source, where)
+    rows = joined(task, source[base]())
     keep = part(len(rows))
+    if is_subset:
+        keep = keep[in_subset(task, split, [rows[i] for i in keep])]
     if limit is not None:
         if limit < 1:
             raise UserError(f"limit is {limit}; give a positive number of rows")

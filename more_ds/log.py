@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
-import torch
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -110,6 +109,8 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
 
 def name_accelerator() -> None:
     """Tell DeepSpeed that there is no GPU, if so: left to guess, it warns about its guess."""
+    import torch  # imported late: lines and tables need no torch
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -1,9 +1,9 @@
-"""Metrics over a whole corpus, in percent.
+"""Metrics over a whole corpus, in percent unless a metric says otherwise.
 
-Each is a pure function `fn(predictions, golds) -> float`; it never sees batches, does not depend on
-the order of the examples, never returns NaN, and prints nothing. A prediction of None is an answer
-that could not be read: wrong for a class, 0.0 for a graded score (as in MoRE's published code).
-scikit-learn, SciPy and sacreBLEU do the arithmetic.
+Those of classes and scores are here, those of texts in `more_ds.nlg_metrics`; `METRICS` has them all. Each is a pure
+function `fn(predictions, golds) -> float`; it never sees batches, does not depend on the order of the examples, never
+returns NaN, and prints nothing. A prediction of None is an answer that could not be read: wrong for a class, 0.0 for a
+graded score (as in MoRE's published code), an empty text. scikit-learn and SciPy do the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median_low
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from more_ds import sums
 from more_ds.bootstrap import CorpusMetric, Sums, standard_error
+from more_ds.errors import UserError
+from more_ds.nlg_metrics import TEXT_METRICS, TextMetric
 
 if TYPE_CHECKING:
     from more_ds.tasks.schema import Task
@@ -39,9 +40,10 @@ class Metric:
 
     Attributes:
         kinds: the kinds of task (`more_ds.tasks.schema.Task.kind`) it is defined for.
-        low, high: range of its values, in percent.
+        low, high: range of its values.
         sums: the same metric as a function of sums over the examples, for a fast bootstrap; None: it is none.
         signature: what its number depends on: settings, library and its version.
+        missing: what has to be installed before it can be computed, or None.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Metric:
     higher_is_better: bool = True
     sums: Sums | None = None
     signature: str = ""
+    missing: Callable[[], str | None] = lambda: None
 
     @property
     def resampled(self) -> CorpusMetric:
@@ -99,16 +102,11 @@ def exact_match(predictions: Sequence[str | None], golds: Sequence[tuple[str, ..
     return 100.0 * sum(hits) / len(hits)
 
 
-def bleu(predictions: Sequence[str | None], golds: Sequence[tuple[str, ...]]) -> float:
-    """Corpus BLEU with all references: sacreBLEU, 13a tokenisation, lower case.
-
-    For E2E this is within 0.1 of the official script. Absent references are left out, unlike in
-    `multi-bleu.perl`, which counts them as references of length 0.
-    """
-    width = max(len(refs) for refs in golds)
-    streams: Any = [[refs[i] if i < len(refs) else None for refs in golds] for i in range(width)]
-    score = BLEU(lowercase=True, tokenize="13a", force=True)
-    return float(score.corpus_score([p or "" for p in predictions], streams).score)
+def _of_text(metric: TextMetric) -> Metric:
+    return Metric(
+        metric.name, metric.sums, ("text",), high=metric.high, higher_is_better=metric.higher_is_better,
+        sums=metric.sums, signature=metric.signature, missing=metric.missing,
+    )  # fmt: skip
 
 
 METRICS: dict[str, Metric] = {
@@ -120,9 +118,21 @@ METRICS: dict[str, Metric] = {
         Metric("pearson", pearson, ("scale",), low=-100.0, sums=sums.PEARSON, signature=SCIPY),
         Metric("spearman", spearman, ("scale",), low=-100.0, signature=SCIPY),
         Metric("exact_match", exact_match, ("text",), sums=sums.EXACT_MATCH),
-        Metric("bleu", bleu, ("text",), signature=f"case:lc|tok:13a|smooth:exp|sacrebleu:{version('sacrebleu')}"),
+        *(_of_text(metric) for metric in TEXT_METRICS),
     )
 }
+
+
+def require(names: Iterable[str]) -> None:
+    """Refuse metrics that need something which is not installed.
+
+    Raises:
+        UserError: naming the metric, and what it needs.
+    """
+    for name in names:
+        missing = METRICS[name].missing()
+        if missing is not None:
+            raise UserError(f"metric '{name}' needs {missing}; install it, or leave the metric out")
 
 
 def evaluate_metrics(task: Task, predictions: Sequence[Prediction], golds: Sequence[Gold]) -> dict[str, float]:
@@ -144,12 +154,8 @@ def evaluate_metrics(task: Task, predictions: Sequence[Prediction], golds: Seque
 def standard_errors(
     task: Task, predictions: Sequence[Prediction], golds: Sequence[Gold], resamples: int, seed: int = 0
 ) -> dict[str, float]:
-    """Return the bootstrap standard error of every metric of `task` that a bootstrap can afford, in percent.
-
-    A metric of texts that is no function of sums over them is left out: one corpus of it takes seconds.
-    """
-    affordable = [name for name in task.metrics if METRICS[name].sums or task.kind != "text"]
-    return {name: standard_error(METRICS[name].resampled, predictions, golds, resamples, seed) for name in affordable}
+    """Return the bootstrap standard error of every metric of `task`, in the metric's unit."""
+    return {name: standard_error(METRICS[name].resampled, predictions, golds, resamples, seed) for name in task.metrics}
 
 
 def majority_prediction(task: Task, train_golds: Sequence[Gold]) -> Prediction:

@@ -99,11 +99,15 @@ def write_results(folder: Path, results: Sequence[TaskResult], about: Mapping[st
         for result in results:
             for record in result.records:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    write_summary(folder / RESULTS, results, about)
+
+
+def write_summary(path: Path, results: Sequence[TaskResult], about: Mapping[str, Any]) -> None:
+    """Write what `read_results` reads: `about`, and the results without their records."""
     kept = [f.name for f in fields(TaskResult) if f.name != "records"]
     summary = [{name: getattr(result, name) for name in kept} for result in results]
-    document = {"format": FORMAT, **about, "results": summary}
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({"format": FORMAT, **about, "results": summary}, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_results(path: Path) -> tuple[dict[str, Any], list[TaskResult]]:

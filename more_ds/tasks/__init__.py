@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from more_ds.errors import UserError, suggest
+from more_ds.metrics import require
 from more_ds.tasks.schema import Task
 from more_ds.tasks.suite import load_suite
 
@@ -47,7 +48,8 @@ def resolve_tasks(
         tasks_file: the user's own YAML file, whose tasks are added.
 
     Raises:
-        UserError: an unknown or repeated name, a name with two meanings, or nothing chosen.
+        UserError: an unknown or repeated name, a name with two meanings, nothing chosen, or a metric that needs
+            something which is not installed.
     """
     chosen = list(suites) or (list(_suite_files()) if names else [])
     pool = [task for suite in dict.fromkeys(chosen) for task in load_suite(suite_path(suite))]
@@ -58,7 +60,9 @@ def resolve_tasks(
         raise UserError("no task chosen; name tasks, a suite or a tasks file")
     if names is not None and len({name.rpartition("/")[2] for name in wanted}) < len(wanted):
         raise UserError(f"a task is named twice: {', '.join(wanted)}; name each once")
-    return [_only(name, pool) for name in wanted]
+    tasks = [_only(name, pool) for name in wanted]
+    require(metric for task in tasks for metric in task.metrics)
+    return tasks
 
 
 def _only(name: str, pool: Sequence[Task]) -> Task:

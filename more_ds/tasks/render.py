@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from more_ds.errors import UserError
+from more_ds.tasks.rows import column
 from more_ds.tasks.schema import Task, label_key
 from more_ds.tasks.template import TemplateError, columns, fill
 from more_ds.tasks.transforms import TRANSFORMS
@@ -55,7 +56,7 @@ def render(task: Task, row: Mapping[str, Any], index: int, *, plain: bool = Fals
             references = _references(task, row)
             return Example(task.name, index, prompt, references[0], options, references)
         options = _options(task, row)
-        raw = _column(row, task.label)
+        raw = column(row, task.label)
         chosen, gold = _gold(task, raw, len(options))
     except (TemplateError, ValueError) as error:
         raise UserError(f"task '{task.name}', row {index}: {error}") from error
@@ -90,7 +91,7 @@ def parse(task: Task, text: str, example: Example) -> int | float | str | None:
 
 def prompt_hash(task: Task, *, plain: bool = False) -> str:
     """Return the hash of what makes the texts of `task`: templates, closed answers, columns, transform."""
-    keys = ("target", "words", "options", "options_column", "references", "transform")
+    keys = ("target", "words", "options", "options_column", "references", "group", "transform")
     parts = {key: getattr(task, key) for key in keys}
     return content_hash({"prompt": task.plain_prompt if plain else task.prompt, **parts})
 
@@ -98,12 +99,6 @@ def prompt_hash(task: Task, *, plain: bool = False) -> str:
 def content_hash(value: Any) -> str:
     """Return the first 12 hexadecimal digits of the SHA-256 of a value's JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _column(row: Mapping[str, Any], name: str) -> Any:
-    if name not in row:
-        raise TemplateError(f"no column '{name}'; found: {', '.join(sorted(map(str, row)))}")
-    return row[name]
 
 
 @lru_cache(maxsize=1024)
@@ -139,7 +134,7 @@ def _references(task: Task, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    value = _column(row, name)
+    value = column(row, name)
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         raise TemplateError(f"column '{name}' holds no text or list of texts, but {value!r}")

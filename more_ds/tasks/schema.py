@@ -17,11 +17,14 @@ A suite is one YAML file. Ours (`glue.yaml`, the demo's) and the user's have the
         labels: {0: bad, 1: good}      # raw value -> word; or a list of words (raw: word or index);
                                        # or {range: [0.0, 5.0, 0.2]} for a graded score
         options: ["{a}", "{b}"]        # multiple choice: templates or columns, or one list column
-        references: texts              # free text: column with a text or a list of texts
+        references: texts              # free text: column with a text or a list of texts; a dot reaches
+                                       # into a mapping, or into each mapping of a list: annotations.text
+        group: meaning                 # rows with the same text here are one, with all their references
         metrics: [matthews, accuracy]
         primary: matthews              # default: the first metric
         split: halve_validation        # or {carve_train: 1000}, or given (default)
-        extra_tests: [test_hard]       # further test splits, reported beside `test`
+        extra_tests: [test_hard]       # further test splits, reported beside `test`; or parts of `test`:
+                                       # {test_seen: {seen: true}}, the rows whose column has this value
         transform: lettered_options    # a row transform, by name (transforms.py)
         max_new_tokens: 64             # generation limit; default: the longest closed answer
 """
@@ -118,6 +121,8 @@ class Task:
         options: templates of the options, or empty.
         options_column: column holding a list of options (their number may vary), or None.
         references: column with the reference text(s) of a free-text task, or None.
+        group: column whose equal values make one example of several rows, or None.
+        subsets: extra test -> the columns and values (as `label_key` writes them) of its rows in `test`.
         metrics: names in `more_ds.metrics.METRICS`; `primary` is one of them.
     """
 
@@ -140,8 +145,10 @@ class Task:
     options: tuple[str, ...] = ()
     options_column: str | None = None
     references: str | None = None
+    group: str | None = None
     split: SplitProtocol = SplitProtocol()
     extra_tests: tuple[str, ...] = ()
+    subsets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     transform: str | None = None
     max_new_tokens: int | None = None
 

@@ -23,7 +23,7 @@ _TASK_KEYS = (
     *_SHARED,
     *("hub", "path", "files", "split", "extra_tests", "transform"),
     *("prompt", "plain_prompt", "target", "max_new_tokens"),
-    *("label", "labels", "options", "references", "metrics", "primary"),
+    *("label", "labels", "options", "references", "group", "metrics", "primary"),
 )
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 
@@ -93,6 +93,7 @@ def _task(entry: Reader, name: str, suite: str, shared: Mapping[str, str], folde
     mistakes = len(entry.errors)
     labels, scale = _labels(entry)
     options, options_column = _options(entry)
+    extra_tests, subsets = _extra_tests(entry)
     kind_known = len(entry.errors) == mistakes
     task = Task(
         name=name,
@@ -110,10 +111,12 @@ def _task(entry: Reader, name: str, suite: str, shared: Mapping[str, str], folde
         options=options,
         options_column=options_column,
         references=entry.optional_text("references"),
+        group=entry.optional_text("group"),
         metrics=entry.texts("metrics"),
         primary=entry.text("primary", next(iter(entry.texts("metrics")), "")),
         split=_split(entry),
-        extra_tests=entry.texts("extra_tests"),
+        extra_tests=extra_tests,
+        subsets=subsets,
         transform=entry.optional_text("transform"),
         max_new_tokens=entry.positive("max_new_tokens"),
     )
@@ -199,6 +202,21 @@ def _options(entry: Reader) -> tuple[tuple[str, ...], str | None]:
     return tuple(item if "{" in item else f"{{{item}}}" for item in options), None
 
 
+def _extra_tests(entry: Reader) -> tuple[tuple[str, ...], dict[str, dict[str, str]]]:
+    value = entry.entry.get("extra_tests", [])
+    if not isinstance(value, dict):
+        return entry.texts("extra_tests"), {}
+    tests = entry.child("extra_tests")
+    subsets: dict[str, dict[str, str]] = {}
+    for name in value:
+        subset = tests.child(name).entry
+        if not subset or any(not isinstance(raw, (str, int, float)) for raw in subset.values()):
+            tests.fail(str(name), f"columns and their values expected, found {describe(value[name])}")
+            continue
+        subsets[str(name)] = {str(column): label_key(raw) for column, raw in subset.items()}
+    return tuple(map(str, value)), subsets
+
+
 def _split(entry: Reader) -> SplitProtocol:
     value = entry.entry.get("split", "given")
     if value == "given":
@@ -238,6 +256,8 @@ def _check(entry: Reader, task: Task) -> None:
 def _check_answers(entry: Reader, task: Task) -> None:
     if task.references is not None and task.kind != "text":
         entry.fail("references", f"given beside {task.kind}; closed answers have no references")
+    if task.group is not None and task.references is None:
+        entry.fail("group", "given without references; it collects them")
     if task.kind == "text" and "label" in entry.entry:
         entry.fail("label", "given for free text; closed answers need `labels` or `options`")
     if task.scale and (task.options or task.options_column):
