@@ -195,6 +195,9 @@ def test_expert_table_by_hand() -> None:
 
 
 BAD = [
+    ("gate", "hard"), ("gate", "table"), ("scale", "linear"), ("r", 0), ("num_tasks", 0), ("temperature", 0.0),
+    ("task_names", ["a"]),
+]  # fmt: skip
     ("gate", "hard"),
     ("gate", "table"),
     ("scale", "linear"),
