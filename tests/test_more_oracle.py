@@ -198,14 +198,6 @@ BAD = [
     ("gate", "hard"), ("gate", "table"), ("scale", "linear"), ("r", 0), ("num_tasks", 0), ("temperature", 0.0),
     ("task_names", ["a"]),
 ]  # fmt: skip
-    ("gate", "hard"),
-    ("gate", "table"),
-    ("scale", "linear"),
-    ("r", 0),
-    ("num_tasks", 0),
-    ("temperature", 0.0),
-    ("task_names", ["a"]),
-]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
