@@ -51,8 +51,7 @@ class Subject:
     @property
     def task_ids(self) -> dict[str, int]:
         """The number under which the adapter knows each task, by name; empty if it does not name its tasks."""
-        names = getattr(self.adapter_config, "task_names", None) or []
-        return {name: i for i, name in enumerate(names)}
+        return adapter_tasks(self.adapter_config)
 
 
 def find_subject(name: str, base_model: str | None = None) -> Subject:
@@ -141,10 +140,21 @@ def load_text_model(
     return TextModel(model, encoder)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+def adapter_tasks(config: PeftConfig | None) -> dict[str, int]:
+    """The number under which an adapter knows each task, by name; empty if it does not name its tasks."""
+    names = getattr(config, "task_names", None) or []
+    return {name: i for i, name in enumerate(names)}
+
+
+def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> PeftModel:
     """Attach a saved adapter to its base model, and make sure that every tensor of it arrived.
 
     PEFT only warns where tensors are missing or left over, and then scores what is in fact the base model.
+
+    Args:
+        model: the base model, or one that has other adapters already.
+        folder: of the adapter.
+        name: PEFT's name for it.
 
     Raises:
         UserError: no weights, damaged weights, weights of another shape, missing or left-over tensors, or values
@@ -154,11 +164,16 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing keys, which are an error below
-            adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+            if isinstance(model, PeftModel):
+                device = str(next(model.parameters()).device)
+                model.load_adapter(str(folder), adapter_name=name, torch_device=device)
+                adapted = model
+            else:
+                adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device="cpu")
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter {folder} does not fit the base model: {reason}; check --base_model") from error
-    _check_complete(adapted, saved, folder)
+    _check_complete(adapted, saved, folder, name)
     up = [value for key, value in saved.items() if "_B." in key]
     if up and not any(bool(value.any()) for value in up):
         log.say(
@@ -187,9 +202,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return saved
 
 
-def _check_complete(model: PeftModel, saved: Mapping[str, torch.Tensor], folder: Path) -> None:
+def _check_complete(model: PeftModel, saved: Mapping[str, torch.Tensor], folder: Path, name: str) -> None:
     whole = model.state_dict()
-    expected = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(model, state_dict=whole, adapter_name=name, save_embedding_layers=False)
     missing = sorted(set(expected) - set(saved))
     # An embedding that was resized is saved under its own name beside the adapter.
     unexpected = sorted(key for key in saved if key not in expected and key not in whole)
