@@ -20,6 +20,7 @@ from more_ds.errors import TrainingError, UserError
 from more_ds.export import job
 from more_ds.export.job import Request, export
 from more_ds.export.lora import check_served
+from more_ds.export.push import push
 from more_ds.loading import find_subject
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,3 +259,23 @@ def test_mistakes_get_one_line(
     assert len(lines) == 1
     assert message in lines[0]
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> str:
+            calls.append((name, options["private"]))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            if repo_id == "me/full":
+                raise OSError("no space\nleft")
+            calls.append((repo_id, folder_path))
+
+    monkeypatch.setattr("more_ds.export.push.HfApi", Hub)
+    assert push(tmp_path, "me/lora") == "https://hub/me/lora"
+    assert calls == [("me/lora", True), ("me/lora", tmp_path)]
+    with pytest.raises(UserError, match="could not be pushed to 'me/full': no space left; it is still there"):
+        push(tmp_path, "me/full")
