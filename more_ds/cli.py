@@ -12,12 +12,15 @@ import yaml
 
 from more_ds.command import Parser, run
 from more_ds.config import RunConfig
-from more_ds.errors import UserError, suggest
+from more_ds.errors import PREEMPTED, UserError, suggest
 
 __all__ = ["NESTED", "Parser", "config_parser", "parse", "run"]
 
 NESTED = ("adapter", "sampling_weights")
 """Fields whose keys are flags of their own."""
+
+EXIT_CODES = f"""exit codes: 0 done; 1 the run cannot go on (the last checkpoint is as it was);
+2 a mistake in the input; {PREEMPTED} asked to stop and saved (go on with --resume auto)"""
 
 
 def config_parser(description: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -25,6 +28,7 @@ def config_parser(description: str, usage: str | None = None) -> argparse.Argume
     parser = Parser(
         description=description,
         usage=usage,
+        epilog=EXIT_CODES,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -79,6 +79,12 @@ class Ranks:
         """Wait for all ranks."""
         torch.distributed.barrier()
 
+    def everyone(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in the order of ranks."""
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def agree(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
