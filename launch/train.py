@@ -81,7 +81,9 @@ def train(arguments: Any, flags: dict[str, Any], signals: Signals) -> None:
     check_ranks(ranks, fingerprint(the_plan, resumed))
     stop = Stop(signals, ranks, config.max_hours)
     run = begin(the_plan, ranks, RunFolder(ranks.agree(folder.path)), stop, arguments.trust_remote_code)
-    if resumed:
+    if resumed and arguments.resume == "auto":
+        run.resume_newest()
+    elif resumed:
         run.resume(resumed)
     signals.is_training = True
     try:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from more_ds import checkpoint, log, report
 from more_ds.bootstrap import RESAMPLES
-from more_ds.checkpoint_files import base_identity, name_of
+from more_ds.checkpoint_files import base_identity, name_of, newest_sound
+from more_ds.collective import on_rank_zero
 from more_ds.engine import Ranks, gathered
 from more_ds.errors import NonFiniteError
 from more_ds.evaluate import evaluate
@@ -153,6 +154,16 @@ class Run:
         log.say(f"left out: {error}")
         self.resume(self._checkpoint(self.saved_step))
         self.progress.skipped = skipped
+
+    def resume_newest(self) -> None:
+        """Go on from the newest checkpoint that is sound.
+
+        Raises:
+            UserError: there is none, or it is of another adapter or sampling plan.
+        """
+        folder = self.folder.checkpoints
+        name = on_rank_zero(lambda: newest_sound(folder).name, self.ranks.device, f"{folder} cannot be read")
+        self.resume(folder / name)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint.
