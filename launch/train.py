@@ -22,14 +22,15 @@ from torch import Tensor
 from more_ds import checkpoint, cli, log, plan, report
 from more_ds.agreement import check_ranks, fingerprint
 from more_ds.checkpoint_files import read_state
-from more_ds.config import build, read_recipe
+from more_ds.config import read_recipe
 from more_ds.ds_config import with_monitors
-from more_ds.engine import Ranks, learning_rate, set_learning_rate, shard_while_loading, start, step
-from more_ds.errors import NonFiniteError, PreemptedError
+from more_ds.engine import Ranks, in_touch, learning_rate, set_learning_rate, shard_while_loading, start, step
+from more_ds.errors import NonFiniteError, PreemptedError, UserError
 from more_ds.ledger import Ledger
 from more_ds.losses import label_nll
 from more_ds.mixture import MicroBatch
 from more_ds.model import attach, load_base
+from more_ds.rendezvous import from_slurm
 from more_ds.run import Run
 from more_ds.run_folder import RunFolder, default_path
 from more_ds.stopping import Signals, Stop
@@ -39,6 +40,7 @@ from more_ds.text_model import TextModel
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     log.quiet_libraries()
+    from_slurm()
     parser = cli.config_parser(
         __doc__ or "", "[deepspeed] launch/train.py [--recipe NAME] [--ds_config FILE] [--KEY VALUE ...]"
     )
@@ -54,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: Any, flags: dict[str, Any], signals: Signals) -> None:
     """Check everything; then load, train, score and save."""
-    recipe = read_recipe(arguments.recipe)
-    nested = {name: {**(recipe.get(name) or {}), **flags[name]} for name in cli.NESTED if name in flags}
-    config = build({**recipe, **flags, **nested}, f"recipe '{arguments.recipe}'")
+    config = cli.merged(read_recipe(arguments.recipe), flags, f"recipe '{arguments.recipe}'")
+    if arguments.resume == "auto" and config.output_dir is None:
+        raise UserError("--resume auto looks for checkpoints in output_dir, and none is given; add --output_dir")
     ranks = Ranks()
     folder = RunFolder(Path(config.output_dir or default_path(arguments.recipe)))
     resumed = folder.find_checkpoint(arguments.resume)
@@ -77,21 +79,17 @@ def train(arguments: Any, flags: dict[str, Any], signals: Signals) -> None:
     log.say(report.sampling(the_plan) + "\n")
     if arguments.dry_run:
         return
-    ranks.connect()
-    check_ranks(ranks, fingerprint(the_plan, resumed))
-    stop = Stop(signals, ranks, config.max_hours)
-    run = begin(the_plan, ranks, RunFolder(ranks.agree(folder.path)), stop, arguments.trust_remote_code)
-    if resumed and arguments.resume == "auto":
-        run.resume_newest()
-    elif resumed:
-        run.resume(resumed)
-    signals.is_training = True
-    try:
+    with in_touch():
+        ranks.connect()
+        check_ranks(ranks, fingerprint(the_plan, resumed))
+        stop = Stop(signals, ranks, config.max_hours)
+        run = begin(the_plan, ranks, RunFolder(ranks.agree(folder.path)), stop, arguments.trust_remote_code)
+        if resumed and arguments.resume == "auto":
+            run.resume_newest()
+        elif resumed:
+            run.resume(resumed)
+        signals.is_training = True
         train_on(run)
-        run.finish()
-    except PreemptedError:
-        run.pause()
-        raise
 
 
 def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trust_remote_code: bool) -> Run:
@@ -122,7 +120,21 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
 
 
 def train_on(run: Run) -> None:
-    """Train to the end, leaving out as many steps that are not finite as the run allows."""
+    """Train to the end and score the best adapter; save before a stop that was asked for.
+
+    Raises:
+        PreemptedError: a rank was to stop; everything is saved.
+    """
+    try:
+        leave_out_bad_steps(run)
+        run.finish()
+    except PreemptedError:
+        run.pause()
+        raise
+
+
+def leave_out_bad_steps(run: Run) -> None:
+    """Train, leaving out as many steps that are not finite as the run allows."""
     if run.progress.step == 0:
         run.progress.first_ranks = {name: chosen.tolist() for name, chosen in run.chosen_ranks().items()}
         if run.plan.config.skip_nonfinite:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import yaml
 
 from more_ds.command import Parser, run
-from more_ds.config import RunConfig
+from more_ds.config import RunConfig, build
 from more_ds.errors import PREEMPTED, UserError, suggest
 
-__all__ = ["NESTED", "Parser", "config_parser", "parse", "run"]
+__all__ = ["NESTED", "Parser", "config_parser", "merged", "parse", "run"]
 
 NESTED = ("adapter", "sampling_weights")
 """Fields whose keys are flags of their own."""
@@ -72,6 +72,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     names = {f.name for f in fields(RunConfig)}
     values = {key: value for key, value in vars(arguments).items() if key in names and key not in NESTED}
     return arguments, values | nested
+
+
+def merged(recipe: Mapping[str, Any], flags: Mapping[str, Any], origin: str) -> RunConfig:
+    """The configuration of a recipe with flags over it; a nested flag replaces its own key alone.
+
+    Raises:
+        UserError: unknown keys or wrong values; `origin` names where they came from.
+    """
+    nested = {name: {**(recipe.get(name) or {}), **flags[name]} for name in NESTED if name in flags}
+    return build({**recipe, **flags, **nested}, origin)
 
 
 def _take_nested(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

@@ -139,10 +139,10 @@ def _rank(arguments: list[str], log: Path, rank: int, world: int, port: int, pat
         os._exit(code)
 
 
-def outcome(output: Path) -> dict[str, Any]:
+def outcome(output: Path, steps: int = STEPS) -> dict[str, Any]:
     """What a finished run amounts to: hashes of its adapter and optimizer, and the steps that it has logged."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    newest = output / "checkpoints" / f"step-{STEPS:08d}"
+    newest = output / "checkpoints" / f"step-{steps:08d}"
     files = [output / "last" / "adapter_model.safetensors", output / "best" / "adapter_model.safetensors"]
     return {
         **{str(f.relative_to(output)): sha256(f) for f in [*files, newest / "optimizer.safetensors"]},
