@@ -95,7 +95,10 @@ def _take_nested(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             text = value if "=" in arg else next(arguments, None)
             if text is None:
                 raise UserError(f"{name} needs a value")
-            nested.setdefault(field_name, {})[key] = yaml.safe_load(text)
+            try:
+                nested.setdefault(field_name, {})[key] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise UserError(f"{name} {text!r} is not YAML: {' '.join(str(error).split())[:200]}") from error
         else:
             plain.append(arg)
     return plain, nested
