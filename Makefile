@@ -30,7 +30,7 @@ test-network: $(VENV)/ready
 	$(BIN)/python -m pytest tests/machines/network.py
 
 test-catalogue: $(VENV)/ready
-	$(BIN)/python -m pytest --catalogue
+	$(BIN)/python tests/machines/catalogue.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

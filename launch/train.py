@@ -207,7 +207,9 @@ def take_step(run: Run, ledger: Ledger) -> Tensor | None:
         norm = step(run.engine)
         ledger.add(number, batch, nll.sum(), auxiliary)
     assert norm is not None, "a step ended without its last micro-batch"
-    if run.plan.dtype != "fp16":  # whose overflows DeepSpeed leaves out itself
+    if run.plan.dtype == "fp16":  # whose overflows DeepSpeed leaves out itself
+        ledger.watch_scale(number, run.engine.skipped_steps)
+    else:
         ledger.add_norm(number, norm)
     return norm
 

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from more_ds.engine import Ranks
-from more_ds.errors import NonFiniteError
+from more_ds.errors import NonFiniteError, TrainingError
 from more_ds.mixture import MicroBatch
+
+MOST_SKIPPED = 50
+"""Steps in a row that fp16 may leave out while it looks for its loss scale."""
 
 
 class Ledger:
@@ -22,6 +25,7 @@ class Ledger:
     def __init__(self, task_names: Sequence[str], ranks: Ranks) -> None:
         """Start an empty interval."""
         self.task_names, self.ranks = task_names, ranks
+        self._skipped = self._skipped_in_a_row = 0
         self._clear()
 
     def add(self, step: int, batch: MicroBatch, nll: Tensor, auxiliary: Tensor | None) -> None:
@@ -40,6 +44,20 @@ class Ledger:
     def add_norm(self, step: int, norm: Tensor) -> None:
         """Note the norm of an optimizer step's gradient, before clipping."""
         self._norms.append((step, norm.detach()))
+
+    def watch_scale(self, step: int, skipped: int) -> None:
+        """Note how many steps fp16 has left out since the start of the process.
+
+        Raises:
+            TrainingError: the last `MOST_SKIPPED` were all left out: no loss scale is small enough.
+        """
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped > self._skipped else 0
+        self._skipped = skipped
+        if self._skipped_in_a_row >= MOST_SKIPPED:
+            raise TrainingError(
+                f"fp16 has left out the last {MOST_SKIPPED} steps up to step {step + 1}: their gradients overflow at "
+                "any loss scale; the last checkpoint is as it was; use --dtype bf16 or fp32"
+            )
 
     def close(self) -> dict[str, Any]:
         """End the interval on all ranks together: mean losses, over tokens and by task, and the throughput.

@@ -6,6 +6,7 @@ make test-slurm     installs Debian's slurm-wlm and munge if need be; as root; a
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_a_mistake_is_not_requeued(folder: Path, place: Path) -> None:
     output = place / "mistake"
     job = submit(place, output, "--model", "./nowhere", steps=STEPS)
     assert wait_for_end(job, output) == "FAILED"
-    assert field(job, "ExitCode") == "2:0"
+    assert field(job, "Restarts") == "0"  # srun's exit code is that of the rank that it ended for the other's sake
     assert "no model at ./nowhere" in Path(f"{output}.log").read_text()
 
 
@@ -137,7 +138,8 @@ def test_the_deepspeed_launcher_with_a_hostfile_starts_the_same_run(folder: Path
         "--no_ssh_check", "--master_addr", "127.0.0.1", "--num_nodes", "2", "launch/train.py", "--recipe",
         str(place / "recipe.yaml"), "--ds_config", str(place / "zero2.json"), "--output_dir", str(output),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks on the CPU" in done.stdout
     assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS
