@@ -20,22 +20,27 @@ import torch
 from torch import Tensor
 
 from more_ds import checkpoint, cli, log, plan, report
+from more_ds.agreement import check_ranks, fingerprint
 from more_ds.checkpoint_files import read_state
-from more_ds.config import build, read_recipe
+from more_ds.config import read_recipe
 from more_ds.ds_config import with_monitors
-from more_ds.engine import Ranks, learning_rate, set_learning_rate, shard_while_loading, start, step
+from more_ds.engine import Ranks, in_touch, learning_rate, set_learning_rate, shard_while_loading, start, step
+from more_ds.errors import NonFiniteError, PreemptedError, UserError
 from more_ds.ledger import Ledger
 from more_ds.losses import label_nll
 from more_ds.mixture import MicroBatch
 from more_ds.model import attach, load_base
+from more_ds.rendezvous import from_slurm
 from more_ds.run import Run
 from more_ds.run_folder import RunFolder, default_path
+from more_ds.stopping import Signals, Stop
 from more_ds.text_model import TextModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     log.quiet_libraries()
+    from_slurm()
     parser = cli.config_parser(
         __doc__ or "", "[deepspeed] launch/train.py [--recipe NAME] [--ds_config FILE] [--KEY VALUE ...]"
     )
@@ -45,14 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; not needed")
-    return cli.run(lambda: train(*cli.parse(parser, sys.argv[1:] if argv is None else argv)))
+    with Signals() as signals:
+        return cli.run(lambda: train(*cli.parse(parser, sys.argv[1:] if argv is None else argv), signals))
 
 
-def train(arguments: Any, flags: dict[str, Any]) -> None:
+def train(arguments: Any, flags: dict[str, Any], signals: Signals) -> None:
     """Check everything; then load, train, score and save."""
-    recipe = read_recipe(arguments.recipe)
-    nested = {name: {**(recipe.get(name) or {}), **flags[name]} for name in cli.NESTED if name in flags}
-    config = build({**recipe, **flags, **nested}, f"recipe '{arguments.recipe}'")
+    config = cli.merged(read_recipe(arguments.recipe), flags, f"recipe '{arguments.recipe}'")
+    if arguments.resume == "auto" and config.output_dir is None:
+        raise UserError("--resume auto looks for checkpoints in output_dir, and none is given; add --output_dir")
     ranks = Ranks()
     folder = RunFolder(Path(config.output_dir or default_path(arguments.recipe)))
     resumed = folder.find_checkpoint(arguments.resume)
@@ -73,15 +79,20 @@ def train(arguments: Any, flags: dict[str, Any]) -> None:
     log.say(report.sampling(the_plan) + "\n")
     if arguments.dry_run:
         return
-    ranks.connect()
-    run = begin(the_plan, ranks, RunFolder(ranks.agree(folder.path)), arguments.trust_remote_code)
-    if resumed:
-        run.resume(resumed)
-    loop(run)
-    run.finish()
+    with in_touch():
+        ranks.connect()
+        check_ranks(ranks, fingerprint(the_plan, resumed))
+        stop = Stop(signals, ranks, config.max_hours)
+        run = begin(the_plan, ranks, RunFolder(ranks.agree(folder.path)), stop, arguments.trust_remote_code)
+        if resumed and arguments.resume == "auto":
+            run.resume_newest()
+        elif resumed:
+            run.resume(resumed)
+        signals.is_training = True
+        train_on(run)
 
 
-def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, trust_remote_code: bool) -> Run:
+def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trust_remote_code: bool) -> Run:
     """Load the base model, attach the adapter, and shard both."""
     config = the_plan.config
     ds_config = with_monitors(the_plan.ds_config, config.report_to, folder.path / "monitors")
@@ -105,43 +116,74 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, trust_remote_cod
     engine = start(model, config, ds_config, ranks)
     del sharding
     checkpoint.adapter_tensors(engine)  # what could not be saved later is refused now
-    return Run(the_plan, ranks, folder, TextModel(engine, the_plan.encoder))
+    return Run(the_plan, ranks, folder, TextModel(engine, the_plan.encoder), stop)
+
+
+def train_on(run: Run) -> None:
+    """Train to the end and score the best adapter; save before a stop that was asked for.
+
+    Raises:
+        PreemptedError: a rank was to stop; everything is saved.
+    """
+    try:
+        leave_out_bad_steps(run)
+        run.finish()
+    except PreemptedError:
+        run.pause()
+        raise
+
+
+def leave_out_bad_steps(run: Run) -> None:
+    """Train, leaving out as many steps that are not finite as the run allows."""
+    if run.progress.step == 0:
+        run.progress.first_ranks = {name: chosen.tolist() for name, chosen in run.chosen_ranks().items()}
+        if run.plan.config.skip_nonfinite:
+            run.save()  # there must be something to go back to
+    while True:
+        try:
+            return loop(run)
+        except NonFiniteError as error:
+            run.leave_out(error)
 
 
 def loop(run: Run) -> None:
-    """Train until the last step, or until the validation score has stopped rising."""
+    """Train until the last step, until the validation score has stopped rising, or until a rank is to stop.
+
+    Raises:
+        NonFiniteError: a loss or a gradient is not finite.
+        PreemptedError: a rank is to stop; what has been trained is not saved yet.
+    """
     config, total, state = run.plan.config, run.plan.total_steps, run.progress
     ledger = Ledger(run.plan.task_names, run.ranks)
-    if state.step == 0:
-        state.first_ranks = {name: chosen.tolist() for name, chosen in run.chosen_ranks().items()}
-        if config.eval_on_start:
-            run.validate(untuned=True)
     run.engine.train()
     with log.Progress(total, "training", initial=state.step) as bar:
-        while state.step < total:
+        while True:
+            if run.evaluation_is_due():
+                run.validate()
+                if state.step > 0:
+                    run.save()
+            if run.is_trained():
+                return
             rate = learning_rate(config, state.step, total)
             set_learning_rate(run.engine, rate)
             norm = take_step(run, ledger)
             state.step += 1
-            evaluates = state.step == total or state.step % run.plan.eval_steps == 0
-            saves = evaluates or (config.save_steps is not None and state.step % config.save_steps == 0)
+            stops, evaluates = run.stop.agreed(), run.evaluation_is_due()
+            saves = config.save_steps is not None and state.step % config.save_steps == 0
             note = ""
-            if saves or state.step % config.logging_steps == 0:
+            if stops or evaluates or saves or state.step % config.logging_steps == 0:
                 row = ledger.close()
                 note = f"loss {row['loss_lm']:.3f}"
-                run.log({"learning_rate": rate, "grad_norm": float(norm), **row})
+                run.log({"learning_rate": rate, "grad_norm": None if norm is None else float(norm), **row})
             bar.advance(1, note)
-            if evaluates:
-                run.validate()
-            if saves:
+            if stops:
+                raise run.stop.error()
+            if saves and not evaluates:
                 run.save()
-            if config.early_stopping_patience is not None and state.worse_in_a_row >= config.early_stopping_patience:
-                log.say(f"no better mean score in {state.worse_in_a_row} evaluations: stopped at step {state.step}")
-                break
 
 
-def take_step(run: Run, ledger: Ledger) -> Tensor:
-    """Take one optimizer step; returns the gradient's norm before clipping.
+def take_step(run: Run, ledger: Ledger) -> Tensor | None:
+    """Take one optimizer step; returns the gradient's norm before clipping, or None if the step is to be left out.
 
     The loss is the mean over the label tokens of the whole global batch, however that is split over ranks and
     accumulation steps: DeepSpeed averages over both, so each micro-batch's sum is scaled by their number. A method's
@@ -149,7 +191,11 @@ def take_step(run: Run, ledger: Ledger) -> Tensor:
     """
     sizes, number = run.plan.sizes, run.progress.step
     batches = run.mixture.micro_batches(number, rank=run.ranks.rank, world=sizes.world, accumulation=sizes.accumulation)
-    tokens = run.ranks.sum(torch.tensor(float(sum(batch.label_tokens for batch in batches))))
+    counted = [sum(batch.label_tokens for batch in batches), run.stop.reason() is not None]
+    tokens, asked = run.ranks.sum(torch.tensor(counted, dtype=torch.float32))
+    run.stop.hear(asked)
+    if number in run.progress.skipped:
+        return None
     norm: Tensor | None = None
     for batch in batches:
         seed_micro_batch(run.plan.config.seed, number, batch)
@@ -161,6 +207,10 @@ def take_step(run: Run, ledger: Ledger) -> Tensor:
         norm = step(run.engine)
         ledger.add(number, batch, nll.sum(), auxiliary)
     assert norm is not None, "a step ended without its last micro-batch"
+    if run.plan.dtype == "fp16":  # whose overflows DeepSpeed leaves out itself
+        ledger.watch_scale(number, run.engine.skipped_steps)
+    else:
+        ledger.add_norm(number, norm)
     return norm
 
 

@@ -72,6 +72,7 @@ class Answering:
     label: str | None
     journal: Journal | None
     split: str
+    between: Callable[[], None] = lambda: None  # called by all ranks together before each batch
 
     def score(self, chosen: Sequence[int], normalise: bool) -> dict[int, list[float]]:
         """Log-likelihoods of the options."""
@@ -147,6 +148,7 @@ class Answering:
         bar = Progress(total, self.label, initial=total - count) if self.label is not None and batches else None
         mine: dict[int, R] = {}
         for turn in range(0, len(batches), size):
+            self.between()
             is_real = turn + rank < len(batches)
             if is_real or self.text_model.in_step:
                 batch = batches[turn + rank] if is_real else batches[0]

@@ -122,9 +122,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all files of a checkpoint are there in full size; their bytes are compared when they are loaded."""
+    """Whether all files of a checkpoint are there in full size, and its state is what was written.
+
+    The bytes of the large files are compared by `newest_sound`, and whenever they are loaded.
+    """
     try:
         entries = _manifest(folder)
+        read_folder(folder, [STATE])
         return all((folder / name).stat().st_size == entries[name]["bytes"] for name in FILES)
     except (UserError, OSError):
         return False
@@ -141,6 +145,21 @@ def complete(folder: Path) -> list[Path]:
 def newest_complete(folder: Path) -> Path | None:
     """The checkpoint to resume from, if there is one."""
     return next(reversed(complete(folder)), None)
+
+
+def newest_sound(folder: Path) -> Path:
+    """The newest checkpoint of which every byte is what was written; says which are passed over.
+
+    Raises:
+        UserError: there is none.
+    """
+    for path in reversed(complete(folder)):
+        try:
+            read_folder(path)
+            return path
+        except UserError as error:
+            log.say(f"warning: {error}")
+    raise UserError(f"no checkpoint in {folder} is sound; restore one, or train again into another folder")
 
 
 def rotate(folder: Path, keep: int, protect: Iterable[Path] = ()) -> None:

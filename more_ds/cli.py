@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import yaml
 
 from more_ds.command import Parser, run
-from more_ds.config import RunConfig
-from more_ds.errors import UserError, suggest
+from more_ds.config import RunConfig, build
+from more_ds.errors import PREEMPTED, UserError, suggest
 
-__all__ = ["NESTED", "Parser", "config_parser", "parse", "run"]
+__all__ = ["NESTED", "Parser", "config_parser", "merged", "parse", "run"]
 
 NESTED = ("adapter", "sampling_weights")
 """Fields whose keys are flags of their own."""
+
+EXIT_CODES = f"""exit codes: 0 done; 1 the run cannot go on (the last checkpoint is as it was);
+2 a mistake in the input; {PREEMPTED} asked to stop and saved (go on with --resume auto)"""
 
 
 def config_parser(description: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -25,6 +28,7 @@ def config_parser(description: str, usage: str | None = None) -> argparse.Argume
     parser = Parser(
         description=description,
         usage=usage,
+        epilog=EXIT_CODES,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -70,6 +74,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     return arguments, values | nested
 
 
+def merged(recipe: Mapping[str, Any], flags: Mapping[str, Any], origin: str) -> RunConfig:
+    """The configuration of a recipe with flags over it; a nested flag replaces its own key alone.
+
+    Raises:
+        UserError: unknown keys or wrong values; `origin` names where they came from.
+    """
+    nested = {name: {**(recipe.get(name) or {}), **flags[name]} for name in NESTED if name in flags}
+    return build({**recipe, **flags, **nested}, origin)
+
+
 def _take_nested(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     plain: list[str] = []
     nested: dict[str, Any] = {}
@@ -81,7 +95,10 @@ def _take_nested(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             text = value if "=" in arg else next(arguments, None)
             if text is None:
                 raise UserError(f"{name} needs a value")
-            nested.setdefault(field_name, {})[key] = yaml.safe_load(text)
+            try:
+                nested.setdefault(field_name, {})[key] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise UserError(f"{name} {text!r} is not YAML: {' '.join(str(error).split())[:200]}") from error
         else:
             plain.append(arg)
     return plain, nested

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable
 
 from more_ds import log
-from more_ds.errors import TrainingError, UserError
+from more_ds.errors import PREEMPTED, PreemptedError, TrainingError, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,7 +19,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run a command: a user's mistake is one line and exit code 2, a run that cannot go on one line and 1."""
+    """Run a command: a user's mistake is one line and exit code 2, a run that cannot go on one line and 1.
+
+    A run that was asked to stop, and has saved, ends with `PREEMPTED`.
+    """
     try:
         main()
     except UserError as error:
@@ -28,6 +31,9 @@ def run(main: Callable[[], None]) -> int:
     except TrainingError as error:
         _say_once(error)
         return 1
+    except PreemptedError as reason:
+        log.say(f"stopped ({reason}) and saved; go on with --resume auto")
+        return PREEMPTED
     return 0
 
 

@@ -83,6 +83,8 @@ class RunConfig:
     save_steps: int | None = _option(None, "optimizer steps between checkpoints; default: at each evaluation")
     save_total_limit: int = _option(2, "checkpoints kept; the best and the last adapter are kept besides")
     logging_steps: int = _option(10, "optimizer steps between rows of metrics.jsonl")
+    max_hours: float | None = _option(None, "save and stop before the run has taken so long; go on with --resume auto")
+    skip_nonfinite: int = _option(0, "steps with a loss that is not finite to leave out, from the last checkpoint on")
     report_to: list[str] = _option([], "tensorboard, wandb, csv: DeepSpeed's monitors")
     output_dir: str | None = _option(None, "run folder; default: runs/<recipe>-<time>")
 
@@ -94,8 +96,8 @@ class RunConfig:
                 *((n, "at least 1", lambda v: v is None or v >= 1) for n in _AT_LEAST_ONE),
                 *((n, "0 or more", lambda v: v >= 0) for n in _NOT_NEGATIVE),
                 *(
-                    (n, "above 0", lambda v: v > 0)
-                    for n in ("learning_rate", "num_train_epochs", "sampling_temperature")
+                    (n, "above 0", lambda v: v is None or v > 0)
+                    for n in ("learning_rate", "num_train_epochs", "sampling_temperature", "max_hours")
                 ),
             )
             if not ok(getattr(self, name))
@@ -119,7 +121,7 @@ _AT_LEAST_ONE = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "per_device_eval_batch_size",
     "early_stopping_patience", "save_steps", "save_total_limit", "logging_steps",
 )  # fmt: skip
-_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm")
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "skip_nonfinite")
 MONITORS = ("tensorboard", "wandb", "csv")
 
 

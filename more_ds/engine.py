@@ -6,16 +6,19 @@ import datetime
 import math
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from more_ds import log
 from more_ds.config import RunConfig
 from more_ds.ds_config import zero_stage
+from more_ds.errors import TrainingError
 
 log.name_accelerator()
 import deepspeed  # noqa: E402
@@ -61,10 +64,12 @@ class Ranks:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
         # Asked which of its C++ ops could be built, DeepSpeed runs the compiler. Training uses none of them.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-        seconds = float(os.environ.get("MORE_DS_TIMEOUT", TIMEOUT_SECONDS))
+        timeout = datetime.timedelta(seconds=float(os.environ.get("MORE_DS_TIMEOUT", TIMEOUT_SECONDS)))
+        # DeepSpeed makes groups of its own later, and names no time-out for them.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
         deepspeed.init_distributed(
             "nccl" if self.on_gpu else "gloo",
-            timeout=datetime.timedelta(seconds=seconds),
+            timeout=timeout,
             verbose=False,
             auto_mpi_discovery=False,
         )
@@ -79,11 +84,36 @@ class Ranks:
         """Wait for all ranks."""
         torch.distributed.barrier()
 
+    def everyone(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in the order of ranks."""
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def agree(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+
+@contextmanager
+def in_touch() -> Iterator[None]:
+    """Work that ranks do together; one that is gone, or out of reach, is one line on those that are left.
+
+    Raises:
+        TrainingError: a collective failed or was not answered in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise TrainingError(
+            f"rank {os.environ['RANK']} lost touch with the other ranks ({reason}); the last checkpoint is as it was; "
+            "go on with --resume auto"
+        ) from error
 
 
 def cores() -> int:

@@ -24,3 +24,23 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 class TrainingError(Exception):
     """A run that cannot go on (a loss that is not finite, say): one line, exit code 1, what was saved stays."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or a gradient that is not finite.
+
+    Attributes:
+        step: the optimizer step it was met at, counted from 0.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+PREEMPTED = 75
+"""Exit code of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
+
+class PreemptedError(Exception):
+    """A run that was asked to stop, on all ranks after the same step; exit code `PREEMPTED`. Says by what."""

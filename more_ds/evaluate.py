@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ def evaluate(
     infer_task: bool = False,
     label: str | None = "evaluating",
     journal: Journal | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> list[TaskResult]:
     """Score a model on every task, the same on every rank.
 
@@ -59,6 +60,7 @@ def evaluate(
             own; tasks that the adapter does not know may then be scored.
         label: of the progress bar; None: no bar.
         journal: answers of an evaluation that was interrupted, which are taken over, and where answers are kept.
+        between: called by all ranks together before each batch; raises to end the evaluation.
 
     Raises:
         UserError: the adapter does not know a task, or an answer is longer than `max_target_length`.
@@ -71,12 +73,12 @@ def evaluate(
     items, cut = prepare(text_model, tasks, examples_by_task, task_ids)
     if infer_task:
         finding = label and f"{label}, finding the tasks"
-        found = Answering(text_model, items, batch_size, finding, journal, split).find_tasks()
+        found = Answering(text_model, items, batch_size, finding, journal, split, between).find_tasks()
         items = [replace(item, task_id=found[i]) for i, item in enumerate(items)]
     ranked = [i for i, item in enumerate(items) if item.options and mode == LIKELIHOOD]
     chosen = set(ranked)
     written = [i for i in range(len(items)) if i not in chosen]
-    answering = Answering(text_model, items, batch_size, label, journal, split)
+    answering = Answering(text_model, items, batch_size, label, journal, split, between)
     scores = answering.score(ranked, normalise)
     texts = answering.write(written, num_beams)
     results = []

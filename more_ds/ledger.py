@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Sequence
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from more_ds.engine import Ranks
-from more_ds.errors import TrainingError
+from more_ds.errors import NonFiniteError, TrainingError
 from more_ds.mixture import MicroBatch
+
+MOST_SKIPPED = 50
+"""Steps in a row that fp16 may leave out while it looks for its loss scale."""
 
 
 class Ledger:
@@ -21,6 +25,7 @@ class Ledger:
     def __init__(self, task_names: Sequence[str], ranks: Ranks) -> None:
         """Start an empty interval."""
         self.task_names, self.ranks = task_names, ranks
+        self._skipped = self._skipped_in_a_row = 0
         self._clear()
 
     def add(self, step: int, batch: MicroBatch, nll: Tensor, auxiliary: Tensor | None) -> None:
@@ -36,11 +41,29 @@ class Ledger:
         self._losses.append(torch.stack([nll.detach(), auxiliary.detach().to(nll)]))
         self._notes.append((step, batch))
 
+    def add_norm(self, step: int, norm: Tensor) -> None:
+        """Note the norm of an optimizer step's gradient, before clipping."""
+        self._norms.append((step, norm.detach()))
+
+    def watch_scale(self, step: int, skipped: int) -> None:
+        """Note how many steps fp16 has left out since the start of the process.
+
+        Raises:
+            TrainingError: the last `MOST_SKIPPED` were all left out: no loss scale is small enough.
+        """
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped > self._skipped else 0
+        self._skipped = skipped
+        if self._skipped_in_a_row >= MOST_SKIPPED:
+            raise TrainingError(
+                f"fp16 has left out the last {MOST_SKIPPED} steps up to step {step + 1}: their gradients overflow at "
+                "any loss scale; the last checkpoint is as it was; use --dtype bf16 or fp32"
+            )
+
     def close(self) -> dict[str, Any]:
         """End the interval on all ranks together: mean losses, over tokens and by task, and the throughput.
 
         Raises:
-            TrainingError: a loss is not finite; names the step and the task.
+            NonFiniteError: a loss or a gradient is not finite; names the step, the task and the rank.
         """
         losses = torch.stack(self._losses).double().cpu() if self._losses else torch.zeros(0, 2, dtype=torch.float64)
         self._refuse_non_finite(losses)
@@ -73,23 +96,32 @@ class Ledger:
         }
 
     def _refuse_non_finite(self, losses: Tensor) -> None:
-        bad = (~torch.isfinite(losses).all(1)).nonzero().flatten().tolist()
-        found = None
-        if bad:
-            step, batch = self._notes[bad[0]]
-            found = (step + 1, self.task_names[batch.task], self.ranks.rank)
-        everyone: list[Any] = [None] * self.ranks.world
-        torch.distributed.all_gather_object(everyone, found)
-        first = min((item for item in everyone if item is not None), default=None)
-        if first is not None:
-            raise TrainingError(
-                f"the loss is not finite at step {first[0]}, task '{first[1]}', rank {first[2]}; "
-                "the last checkpoint is as it was; lower learning_rate, or use --dtype fp32 or bf16"
-            )
+        """Name the first step of any rank; in it, a loss before the gradient that it spoils."""
+        found: list[tuple[int, str, int, list[str]]] = []
+        for i in (~torch.isfinite(losses).all(1)).nonzero().flatten().tolist()[:1]:
+            step, batch = self._notes[i]
+            found.append((step, "", self.ranks.rank, [self.task_names[batch.task]]))
+        for step in [step for step, norm in self._norms if not math.isfinite(norm)][:1]:
+            tasks = [self.task_names[batch.task] for at, batch in self._notes if at == step]
+            found.append((step, "gradient", self.ranks.rank, tasks))
+        everything = [item for part in self.ranks.everyone(found) for item in part]
+        if not everything:
+            return
+        step, kind, rank, tasks = min(everything)
+        where = f"task '{tasks[0]}', rank {rank}"
+        if kind:  # it is a sum over all ranks
+            names = {name for item in everything if item[:2] == (step, kind) for name in item[3]}
+            where = f"of tasks {', '.join(sorted(names))}"
+        raise NonFiniteError(
+            f"the {kind or 'loss'} is not finite at step {step + 1}, {where}; the last checkpoint is as it was; lower "
+            "learning_rate, use --dtype fp32 or bf16, or leave such steps out with --skip_nonfinite",
+            step,
+        )
 
     def _clear(self) -> None:
         self._losses: list[Tensor] = []
         self._notes: list[tuple[int, MicroBatch]] = []
+        self._norms: list[tuple[int, Tensor]] = []
         self._began = time.monotonic()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def load_base(
         model = auto.from_pretrained(
             name, revision=revision, dtype=torch_dtype, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnpicklingError) as error:  # the last: a .bin file that holds more than tensors
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"the weights of '{name}' cannot be read: {reason}; check the folder, or load it anew"

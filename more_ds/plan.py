@@ -129,12 +129,14 @@ def make(
         max_source_length=config.max_source_length,
         max_target_length=config.max_target_length,
     )
+    _check_vocabulary(encoder, model_config)
     adapter = adapter_config(
         config.method, config.adapter, [task.name for task in tasks], model_config.is_encoder_decoder
     )
     trainable, frozen, maps = _count(model_config, adapter, trust_remote_code)
     train = [expand(_load(config, task, "train", config.train_limit)) for task in tasks]
     validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
+    _check_targets(encoder, train)
     sampler = _sampler(config, tasks, train, sizes, group_size or sizes.micro)
     total = config.max_steps or math.ceil(config.num_train_epochs * sampler.steps_per_epoch)
     return Plan(
@@ -192,6 +194,26 @@ def _check_weights(config: RunConfig, tasks: Sequence[Task]) -> None:
             f"sampling_weights needs one weight per task; unknown: {', '.join(unknown) or 'none'}; "
             f"missing: {', '.join(missing) or 'none'}"
         )
+
+
+def _check_vocabulary(encoder: Encoder, model_config: Any) -> None:
+    """Refuse a tokeniser that makes ids which the model has no embedding for."""
+    tokens, room = len(encoder.tokenizer), getattr(model_config, "vocab_size", None)
+    if room is not None and tokens > room:
+        raise UserError(
+            f"the tokeniser has {tokens} tokens, the model {room}; it was extended without the model, or is another "
+            "model's: save the one that belongs to it beside it"
+        )
+
+
+def _check_targets(encoder: Encoder, train: Sequence[Sequence[Example]]) -> None:
+    """Refuse answers that are too long now, not in the step that draws them: only one rank would know why it stops.
+
+    No tokeniser makes more tokens than there are bytes; a space may come in front, and the end is marked.
+    """
+    longest = encoder.max_target_length - 2
+    for text in sorted({e.target for examples in train for e in examples if len(e.target.encode()) > longest}):
+        encoder.target(text)
 
 
 def _load(config: RunConfig, task: Task, split: str, limit: int | None) -> list[Example]:

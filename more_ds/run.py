@@ -14,13 +14,16 @@ from torch import Tensor
 
 from more_ds import checkpoint, log, report
 from more_ds.bootstrap import RESAMPLES
-from more_ds.checkpoint_files import base_identity, name_of
+from more_ds.checkpoint_files import base_identity, name_of, newest_sound
+from more_ds.collective import on_rank_zero
 from more_ds.engine import Ranks, gathered
+from more_ds.errors import NonFiniteError
 from more_ds.evaluate import evaluate
 from more_ds.mixture import Mixture
 from more_ds.plan import Plan
 from more_ds.results import TaskResult, mean_score, write_results
 from more_ds.run_folder import RunFolder, publish, versions
+from more_ds.stopping import Stop
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
 from more_ds.text_model import TextModel
@@ -37,6 +40,8 @@ class Progress:
         worse_in_a_row: evaluations since then.
         scores: primary metric by title (`majority`, `untuned`, `best`) and task, in percent.
         first_ranks: the ranks that the gates chose at the start, by adapted map.
+        evaluated_step: the step of the last evaluation that was completed; -1: none.
+        skipped: steps that were left out because their loss was not finite, counted from 0.
     """
 
     step: int = 0
@@ -45,17 +50,20 @@ class Progress:
     worse_in_a_row: int = 0
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     first_ranks: dict[str, list[int]] = field(default_factory=dict)
+    evaluated_step: int = -1
+    skipped: list[int] = field(default_factory=list)
 
 
 class Run:
     """A run under way; every method is called by all ranks together."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, folder: RunFolder, text_model: TextModel) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, folder: RunFolder, text_model: TextModel, stop: Stop) -> None:
         """Join the parts of a run; `text_model.module` is the DeepSpeed engine."""
-        self.plan, self.ranks, self.folder, self.text_model = plan, ranks, folder, text_model
+        self.plan, self.ranks, self.folder, self.text_model, self.stop = plan, ranks, folder, text_model, stop
         self.engine: Any = text_model.module
         self.mixture = Mixture(plan.train, plan.sampler, plan.encoder, text_model.collator)
         self.progress = Progress()
+        self.saved_step = 0
         self.base = base_identity(plan.config.model, plan.config.revision)
         self.task_ids = {name: i for i, name in enumerate(plan.task_names)}
         self.train_golds = {t.name: [e.gold for e in rows] for t, rows in zip(plan.tasks, plan.train, strict=True)}
@@ -68,13 +76,36 @@ class Run:
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events([(name, value, step) for name, value in _numbers(row)])
 
-    def validate(self, untuned: bool = False) -> None:
-        """Score the validation splits, and note whether the adapter is the best so far."""
+    def evaluation_is_due(self) -> bool:
+        """Whether the validation splits are to be scored at this step and have not been."""
+        step, state = self.progress.step, self.progress
+        if state.evaluated_step == step:
+            return False
+        if step == 0:
+            return self.plan.config.eval_on_start
+        return step == self.plan.total_steps or step % self.plan.eval_steps == 0
+
+    def is_trained(self) -> bool:
+        """Whether the last step is taken, or the validation score has stopped rising."""
+        patience = self.plan.config.early_stopping_patience
+        if patience is not None and self.progress.worse_in_a_row >= patience:
+            log.say(f"no better mean score in {patience} evaluations: stopped at step {self.progress.step}")
+            return True
+        return self.progress.step >= self.plan.total_steps
+
+    def validate(self) -> None:
+        """Score the validation splits, and note whether the adapter is the best so far.
+
+        Raises:
+            PreemptedError: a rank is to stop; nothing has been noted.
+        """
         results = self._score(self.plan.tasks, self.plan.validation, "validation")
         state, mean = self.progress, mean_score(results)
         scores = {result.task: result.score for result in results}
         state.scores["majority"] = {r.task: r.majority[r.primary] for r in results if r.majority is not None}
         self.log({"mean_score": mean, "evaluation": {result.task: result.metrics for result in results}})
+        state.evaluated_step = state.step
+        untuned = state.step == 0
         if untuned:
             state.scores["untuned"] = scores
         elif state.best_score is None or mean > state.best_score:
@@ -87,7 +118,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, and its adapter as `last`, and as `best` if it is the best so far."""
-        state, config = self.progress, self.plan.config
+        began, state, config = time.monotonic(), self.progress, self.plan.config
         self.plan.sampler.next_step = state.step
         path = checkpoint.save(
             self.folder.checkpoints,
@@ -102,6 +133,37 @@ class Run:
             if state.best_step == state.step:
                 publish(path, self.folder.best)
         self.ranks.barrier()
+        self.saved_step = state.step
+        self.stop.saved(time.monotonic() - began)
+
+    def pause(self) -> None:
+        """Save what has been trained since the last checkpoint, before the process ends."""
+        if self.progress.step > self.saved_step:
+            self.save()
+        self.stop.signals.is_over = True
+
+    def leave_out(self, error: NonFiniteError) -> None:
+        """Go back to the last checkpoint, to train on without the step that failed.
+
+        Raises:
+            NonFiniteError: as many steps as `skip_nonfinite` allows have been left out.
+        """
+        skipped = sorted({*self.progress.skipped, error.step})
+        if len(skipped) > self.plan.config.skip_nonfinite:
+            raise error
+        log.say(f"left out: {error}")
+        self.resume(self._checkpoint(self.saved_step))
+        self.progress.skipped = skipped
+
+    def resume_newest(self) -> None:
+        """Go on from the newest checkpoint that is sound.
+
+        Raises:
+            UserError: there is none, or it is of another adapter or sampling plan.
+        """
+        folder = self.folder.checkpoints
+        name = on_rank_zero(lambda: newest_sound(folder).name, self.ranks.device, f"{folder} cannot be read")
+        self.resume(folder / name)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -111,6 +173,7 @@ class Run:
         """
         state = checkpoint.load(path, self.engine)
         self.progress = Progress(**state["progress"])
+        self.saved_step = self.progress.step
         self.plan.sampler.load_state_dict(state["sampler"])
         if self.ranks.rank == 0:
             self.folder.forget_after(self.progress.step)
@@ -177,6 +240,7 @@ class Run:
             resamples=resamples,
             plain_prompts=self.plan.config.plain_prompts,
             label=f"scoring {split}",
+            between=self.stop.check,
         )
 
     def _checkpoint(self, step: int) -> Path:

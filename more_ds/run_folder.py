@@ -18,8 +18,10 @@ from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG, base_identity, is_
 from more_ds.config import RunConfig
 from more_ds.errors import UserError
 
-NOT_DECISIVE = ("output_dir", "report_to", "save_total_limit", "logging_steps", "per_device_eval_batch_size",
-                "per_device_train_batch_size", "gradient_accumulation_steps")  # fmt: skip
+NOT_DECISIVE = (
+    "output_dir", "report_to", "save_total_limit", "logging_steps", "per_device_eval_batch_size",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_hours", "skip_nonfinite",
+)  # fmt: skip
 """Keys that a resumed run may change: they do not decide its result."""
 
 
