@@ -18,7 +18,7 @@ from more_ds.engine import Ranks, free_port
 
 deepspeed.ops.__compatible_ops__  # noqa: B018  # found with compiler runs on first access: once, not in every fork
 
-TIMEOUT_SECONDS = 60.0
+TIMEOUT_SECONDS = 180.0
 COLLECTIVE_SECONDS = 20
 
 

@@ -1,0 +1,87 @@
+"""What it costs to score closed answers: by likelihood, by generation, and as the published evaluation does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from more_ds.answering import Item, prepare
+from more_ds.generation import generate
+from more_ds.scoring import rank_options
+from more_ds.speed.rounds import Ratio, compare
+from more_ds.tasks import Task
+from more_ds.tasks.render import Example
+from more_ds.text_model import TextModel
+
+LIKELIHOOD, GENERATION, PUBLISHED = "likelihood", "generation", "published"
+PUBLISHED_LENGTH, PUBLISHED_NEW_TOKENS = 128, 10
+"""The published evaluation pads every prompt to this many tokens, and lets the model write at most so many."""
+
+
+def score_speed(
+    text_model: TextModel, tasks: Sequence[Task], examples: Mapping[str, Sequence[Example]], *, batch_size: int,
+    rounds: int,
+) -> dict[str, dict[str, Ratio]]:  # fmt: skip
+    """By task, the time of each way over that of `likelihood`.
+
+    `generation` writes no more tokens than the longest answer has and stops when all rows have ended. `published` is
+    what MoRE's code does for a batch: prompts padded to 128, `generate` with 10 new tokens (a model that never ends its
+    answers writes all of them), and a forward pass for the loss.
+
+    Args:
+        text_model: the model.
+        tasks: closed ones.
+        examples: by task name.
+        batch_size: examples that run together.
+        rounds: see `compare`.
+    """
+    found = {}
+    for task in tasks:
+        items, _ = prepare(text_model, [task], examples, {task.name: 0})
+        items.sort(key=lambda item: -len(item.prompt))
+        batches = [items[at : at + batch_size] for at in range(0, len(items), batch_size)]
+        ways: dict[str, Callable[[Sequence[Item]], object]] = {
+            LIKELIHOOD: partial(_rank, text_model),
+            GENERATION: partial(_generate, text_model),
+            PUBLISHED: partial(_as_published, text_model),
+        }
+        runs = {name: partial(_over, way, batches) for name, way in ways.items()}
+        found[task.name] = compare(runs, LIKELIHOOD, rounds=rounds)
+    return found
+
+
+def _over(way: Callable[[Sequence[Item]], object], batches: Sequence[Sequence[Item]]) -> None:
+    for batch in batches:
+        way(batch)
+
+
+def _rank(text_model: TextModel, batch: Sequence[Item]) -> object:
+    prompts, tasks = [item.prompt for item in batch], [item.task_id for item in batch]
+    return rank_options(text_model, prompts, tasks, [item.options for item in batch])
+
+
+def _generate(text_model: TextModel, batch: Sequence[Item]) -> object:
+    prompts, tasks = [item.prompt for item in batch], [item.task_id for item in batch]
+    return generate(text_model, prompts, tasks, batch[0].max_new_tokens)
+
+
+@torch.no_grad()
+def _as_published(text_model: TextModel, batch: Sequence[Item]) -> object:
+    collator, pad = text_model.collator, text_model.encoder.pad_id
+    prompts, tasks = [item.prompt[:PUBLISHED_LENGTH] for item in batch], [item.task_id for item in batch]
+    targets = [item.options[0] for item in batch]
+    # One row of full length makes the collator pad the others to it; it is taken out again.
+    long = [pad] * PUBLISHED_LENGTH
+    padded = {key: value[1:] for key, value in collator.prompts([long, *prompts], [0, *tasks]).items()}
+    inputs: dict[str, Any] = text_model.to_device(padded)
+    model: Any = text_model.peft
+    extras = text_model.extras(inputs)
+    model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **extras, do_sample=False,
+        max_new_tokens=PUBLISHED_NEW_TOKENS, pad_token_id=pad,
+    )  # fmt: skip
+    whole = {k: v[1:] for k, v in collator.answers([long, *prompts], [targets[0], *targets], [0, *tasks]).items()}
+    return text_model.label_logits(text_model.to_device(whole))
