@@ -195,7 +195,8 @@ def _routes(subject: Subject, tasks: Sequence[Task], as_task: str | None) -> dic
         if as_task not in known:
             raise UserError(f"--as_task: the adapter knows no task '{as_task}'{suggest(as_task, known)}")
         return dict.fromkeys(names, known[as_task])
-    if getattr(subject.adapter_config, "num_tasks", 1) == 1 and not known:
+    config = subject.adapter_config
+    if getattr(config, "num_tasks", getattr(config, "n_tasks", 1)) == 1 and not known:
         return dict.fromkeys(names, 0)
     check_known(names, known)
     return {name: known[name] for name in names}

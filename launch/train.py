@@ -28,6 +28,7 @@ from more_ds.engine import Ranks, in_touch, learning_rate, set_learning_rate, sh
 from more_ds.errors import NonFiniteError, PreemptedError, UserError
 from more_ds.ledger import Ledger
 from more_ds.losses import label_nll
+from more_ds.method_table import LIST, method_table
 from more_ds.mixture import MicroBatch
 from more_ds.model import attach, load_base
 from more_ds.rendezvous import from_slurm
@@ -56,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: Any, flags: dict[str, Any], signals: Signals) -> None:
     """Check everything; then load, train, score and save."""
-    config = cli.merged(read_recipe(arguments.recipe), flags, f"recipe '{arguments.recipe}'")
+    recipe = read_recipe(arguments.recipe)
+    if flags.get("method") == LIST:
+        return log.say(method_table(recipe, flags, arguments.trust_remote_code))
+    config = cli.merged(recipe, flags, f"recipe '{arguments.recipe}'")
     if arguments.resume == "auto" and config.output_dir is None:
         raise UserError("--resume auto looks for checkpoints in output_dir, and none is given; add --output_dir")
     ranks = Ranks()

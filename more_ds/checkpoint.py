@@ -216,9 +216,13 @@ def _adapter(model: PeftModel) -> _Adapter:
     """
     whole = model.state_dict(keep_vars=True)
     full_names = {id(tensor): name for name, tensor in whole.items()}
-    saved = get_peft_model_state_dict(
-        model, state_dict=whole, adapter_name=model.active_adapter, save_embedding_layers=False
-    )
+    if model.active_peft_config.is_prompt_learning:
+        # PEFT would compute a copy of it.
+        saved = {"prompt_embeddings": model.prompt_encoder[model.active_adapter].embedding.weight}
+    else:
+        saved = get_peft_model_state_dict(
+            model, state_dict=whole, adapter_name=model.active_adapter, save_embedding_layers=False
+        )
     held = {id(tensor) for tensor in saved.values()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:

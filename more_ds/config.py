@@ -7,14 +7,14 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
 from more_ds.errors import UserError, suggest
-from more_ds.model import METHODS
+from more_ds.methods import METHODS, check_method
 
 RECIPES = Path(__file__).resolve().parents[1] / "launch" / "recipes"
 
@@ -37,7 +37,7 @@ class RunConfig:
     attn_implementation: str | None = _option(None, "as in transformers: sdpa, eager, flash_attention_2")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass (non-reentrant)")
     # The method
-    method: str = _option("more", "how to fine-tune: " + ", ".join(METHODS))
+    method: str = _option("more", "how to fine-tune: " + ", ".join(METHODS) + "; `list` describes them")
     adapter: dict[str, Any] = _option({}, "options of the method, e.g. --adapter.r 8 --adapter.gate soft")
     # The tasks
     suite: list[str] = _option([], "suites that come with the package, e.g. glue")
@@ -102,12 +102,9 @@ class RunConfig:
             )
             if not ok(getattr(self, name))
         ]
-        if self.method not in METHODS:
-            wrong.append(f"unknown method '{self.method}'{suggest(self.method, METHODS)}")
         unknown = set(self.report_to) - set(MONITORS)
         wrong += [f"report_to names '{name}'{suggest(name, MONITORS)}" for name in sorted(unknown)]
-        known = {f.name for f in fields(METHODS[self.method])} if self.method in METHODS else set(self.adapter)
-        wrong += [f"adapter.{key}: unknown option{suggest(key, known)}" for key in self.adapter if key not in known]
+        wrong += check_method(self.method, self.adapter)
         if wrong:
             raise UserError("; ".join(wrong))
 

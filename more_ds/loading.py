@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PolyConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -20,6 +20,7 @@ from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG
 from more_ds.encoding import Encoder
 from more_ds.errors import UserError
 from more_ds.model import check_model, load_base, load_tokenizer, read_model_config
+from more_ds.tasks import resolve_tasks
 from more_ds.text_model import TextModel
 
 SLOTS = ("best", "last")
@@ -51,6 +52,9 @@ class Subject:
     @property
     def task_ids(self) -> dict[str, int]:
         """The number under which the adapter knows each task, by name; empty if it does not name its tasks."""
+        if isinstance(self.adapter_config, PolyConfig) and self.run:  # it has no place for names
+            tasks = resolve_tasks(self.run["tasks"] or None, self.run["suite"], self.run["tasks_file"])
+            return {task.name: i for i, task in enumerate(tasks)}
         return adapter_tasks(self.adapter_config)
 
 

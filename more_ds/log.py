@@ -125,6 +125,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
+    warnings.filterwarnings("ignore", message="Position ids are not supported")  # of PEFT; TextModel counts them
     from transformers.utils import logging as hf_logging  # imported late: its level is read from the environment
 
     hf_logging.set_verbosity_error()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
 from more_ds.errors import UserError
-from more_ds.tuners import MoreConfig
-
-METHODS: dict[str, type[PeftConfig]] = {"more": MoreConfig, "lora": LoraConfig}
-"""Name of a method -> its PEFT configuration."""
+from more_ds.tuners.base import UPDATE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Name of a number format -> torch's."""
@@ -138,29 +137,22 @@ def attach(model: nn.Module, adapter: PeftConfig) -> PeftModel:
         raise UserError(f"{reason} (linear maps of this model: {', '.join(linear)})") from error
 
 
-def adapter_config(method: str, options: dict[str, Any], task_names: list[str], is_encoder_decoder: bool) -> PeftConfig:
-    """The PEFT configuration of a method for these tasks.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-    known = {"target_modules": "all-linear", **options}
-    if method == "more":
-        known |= {"num_tasks": len(task_names), "task_names": task_names}
-    try:
-        return METHODS[method](task_type="SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM", **known)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"adapter: {error}") from error
-
-
 def parameters_by_kind(model: nn.Module) -> dict[str, int]:
     """Number of trainable parameters by kind (A, B, gate, task embedding, ...), whole also under ZeRO-3."""
     kinds: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = next((p for p in name.split(".") if p.startswith(("more_", "lora_"))), "other")
+            part = _kind(name.split("."))
             kinds[part] = kinds.get(part, 0) + getattr(parameter, "ds_numel", parameter.numel())
     return kinds
+
+
+def _kind(path: Sequence[str]) -> str:
+    """What a parameter is to its method: the name under `update.<adapter>` in our tuners, or PEFT's prefixed one."""
+    if UPDATE in path[:-2]:
+        return path[path.index(UPDATE) + 2]
+    prefixes = (*PEFT_TYPE_TO_PREFIX_MAPPING.values(), "prompt_encoder")
+    return next((part for part in path if part.startswith(prefixes)), "other")
 
 
 def _looks_like_path(name: str) -> bool:

@@ -19,8 +19,8 @@ from more_ds.data import load_examples
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.encoding import Encoder
 from more_ds.errors import UserError, suggest
+from more_ds.methods import adapter_config, check_together
 from more_ds.model import (
-    adapter_config,
     attach,
     check_model,
     load_tokenizer,
@@ -120,9 +120,16 @@ def make(
     ds_config = resolve(ds_config_path, config, sizes, dtype)
     tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
     _check_weights(config, tasks)
-    config = _with_demo(config)
+    config = with_demo(config)
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
-    check_model(model_config, dtype, config.max_source_length + config.max_target_length)
+    adapter = adapter_config(config.method, config.adapter, [task.name for task in tasks], model_config)
+    check_together(
+        config.method,
+        gradient_checkpointing=config.gradient_checkpointing,
+        encoder_decoder=model_config.is_encoder_decoder,
+    )
+    virtual = getattr(adapter, "num_virtual_tokens", 0)
+    check_model(model_config, dtype, virtual + config.max_source_length + config.max_target_length)
     encoder = Encoder(
         load_tokenizer(config.model, revision=config.revision, trust_remote_code=trust_remote_code),
         is_encoder_decoder=model_config.is_encoder_decoder,
@@ -130,10 +137,7 @@ def make(
         max_target_length=config.max_target_length,
     )
     _check_vocabulary(encoder, model_config)
-    adapter = adapter_config(
-        config.method, config.adapter, [task.name for task in tasks], model_config.is_encoder_decoder
-    )
-    trainable, frozen, maps = _count(model_config, adapter, trust_remote_code)
+    trainable, frozen, maps = count(model_config, adapter, trust_remote_code)
     train = [expand(_load(config, task, "train", config.train_limit)) for task in tasks]
     validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
     _check_targets(encoder, train)
@@ -176,7 +180,7 @@ def _sampler(
     )
 
 
-def _with_demo(config: RunConfig) -> RunConfig:
+def with_demo(config: RunConfig) -> RunConfig:
     """Put the demo's folders in the place of its names; they are made on first use."""
     if config.model in demo.MODELS:
         config = replace(config, model=str(demo.prepare(demo.MODELS[config.model]).model_dir))
@@ -234,7 +238,7 @@ def _test_examples(config: RunConfig, tasks: Sequence[Task]) -> dict[str, dict[s
     }
 
 
-def _count(
+def count(
     model_config: Any, adapter: PeftConfig, trust_remote_code: bool
 ) -> tuple[dict[str, int], int, dict[str, int]]:
     """Trainable parameters by kind, frozen parameters, and adapted maps by name, from shapes alone."""
@@ -242,6 +246,7 @@ def _count(
     with init_empty_weights(), torch.random.fork_rng():
         model = attach(auto.from_config(model_config, trust_remote_code=trust_remote_code), adapter)
     trainable = parameters_by_kind(model)
-    tuner: Any = model.base_model
-    maps = Counter(name.rsplit(".", 1)[-1] for name in tuner.targeted_module_names)
+    # Methods that train a prompt wrap no modules, and have no tuner.
+    targeted: list[str] = getattr(model.base_model, "targeted_module_names", [])
+    maps = Counter(name.rsplit(".", 1)[-1] for name in targeted)
     return trainable, sum(p.numel() for p in model.parameters()) - sum(trainable.values()), maps

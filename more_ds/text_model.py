@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import PeftModel, PolyConfig
 from torch import Tensor, nn
 
 from more_ds.collate import Batch, Collator, positions
@@ -36,7 +37,13 @@ class TextModel:
         accepted = inspect.signature(base.forward).parameters
         self.takes_positions = "position_ids" in accepted and not self.is_encoder_decoder
         self.keeps_logits = "logits_to_keep" in accepted
-        self.routes_by_task = bool(getattr(getattr(self.peft, "base_model", None), "routes_by_task", False))
+        adapter = self.peft.active_peft_config if isinstance(self.peft, PeftModel) else None
+        self.trains_prompt = adapter is not None and adapter.is_prompt_learning
+        if self.trains_prompt and self.takes_positions:
+            base.register_forward_pre_hook(_count_positions, with_kwargs=True)
+        # PEFT's Poly takes task ids too, and nothing else of ours.
+        self.pools = bool(getattr(getattr(self.peft, "base_model", None), "routes_by_task", False))
+        self.routes_by_task = self.pools or isinstance(adapter, PolyConfig)
 
     @property
     def peft(self) -> nn.Module:
@@ -76,7 +83,7 @@ class TextModel:
 
     def auxiliary_loss(self) -> Tensor | None:
         """The method's own loss of the last forward pass in training, weighted; None if it has none."""
-        return getattr(getattr(self.peft, "base_model", None), "auxiliary_loss", None) if self.routes_by_task else None
+        return getattr(getattr(self.peft, "base_model", None), "auxiliary_loss", None)
 
     def label_logits(self, batch: Batch) -> Tensor:
         """Logits that predict `batch["labels"]`, (batch, answer length, vocabulary).
@@ -88,7 +95,7 @@ class TextModel:
             keys = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
             return self.module(**{key: batch[key] for key in keys}, **self.extras(batch), use_cache=False).logits
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")} | self.extras(batch)
-        if self.takes_positions:
+        if self.takes_positions and not self.trains_prompt:
             inputs["position_ids"] = positions(batch["attention_mask"])
         kept = {"logits_to_keep": length + 1} if self.keeps_logits else {}
         logits = self.module(**inputs, **kept, use_cache=False).logits
@@ -98,4 +105,16 @@ class TextModel:
         """What a method that routes by task is told beside the base model's own inputs."""
         if not self.routes_by_task:
             return {}
-        return {key: batch[key] for key in ("task_ids", "prompt_mask") if key in batch}
+        return {key: batch[key] for key in ("task_ids", *["prompt_mask"] * self.pools) if key in batch}
+
+
+def _count_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Count positions over the real tokens, where PEFT has put trained rows before the padding of a causal batch.
+
+    It passes no positions; the distance from the trained rows to the text would depend on the longest row of the batch.
+    """
+    mask = kwargs.get("attention_mask")
+    tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        kwargs["position_ids"] = positions(mask)[:, -tokens.shape[1] :]
+    return args, kwargs

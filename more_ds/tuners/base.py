@@ -23,6 +23,8 @@ from more_ds.numerics import at_least_float32
 
 TASK_IDS = "tuner_task_ids"
 """The name under which `task_ids` reaches a tuner's forward through PEFT's model classes."""
+UPDATE = "update"
+"""The name under which the layers of our tuners keep what they train, by adapter."""
 
 
 def register(name: str, config_cls: type, model_cls: type[BaseTuner]) -> None:
@@ -73,14 +75,14 @@ def _carry_task_ids(peft_model_cls: type) -> None:
 
 
 def _call_tuner(method: str) -> None:
-    """Let `PeftModel`, the class of a model without `task_type`, call the tuner and not the model inside it."""
+    """Let `PeftModel`, the class of a model without `task_type`, call a tuner of ours and not the model inside it."""
     original = getattr(PeftModel, method)
     if getattr(original, "_calls_tuner", False):
         return
 
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self.base_model, "routes_by_task", False):
+        if getattr(self.base_model, "begins_batches", False):
             return getattr(self.base_model, method)(*args, **kwargs)
         return original(self, *args, **kwargs)
 

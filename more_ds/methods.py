@@ -1,0 +1,141 @@
+"""The methods that `--method` chooses among: what each is, what it needs, and its PEFT configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PolyConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
+
+from more_ds.errors import UserError, suggest
+from more_ds.tuners import MoreConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Attributes:
+        config: class of its PEFT configuration.
+        about: what it is, in one line.
+        merges: into one weight (`yes`), into one weight for each task (`by task`), or `no`.
+        tasks: the options that take the number and the names of the tasks; None where it has no such option.
+        fixed: options that make the method what it is, and that cannot be changed.
+        defaults: options whose default is not the configuration's own.
+        refuses: what it cannot go with -> why, in words.
+    """
+
+    config: type[PeftConfig]
+    about: str
+    merges: Literal["yes", "by task", "no"] = "yes"
+    tasks: tuple[str | None, str | None] = (None, None)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: ALL_LINEAR)
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def routes_by_task(self) -> bool:
+        """Whether batches must say which task their examples are of."""
+        return self.tasks[0] is not None
+
+    @property
+    def options(self) -> set[str]:
+        """Names of the options that can be set."""
+        return {f.name for f in fields(self.config) if f.init} - set(self.fixed) - set(self.tasks)
+
+
+ALL_LINEAR: dict[str, Any] = {"target_modules": "all-linear"}
+BY_NAME = ("num_tasks", "task_names")
+# One prompt, before the encoder, as in the papers; PEFT gives the decoder of an encoder-decoder another one.
+ENCODER_PROMPT = {"num_transformer_submodules": 1}
+
+METHODS: dict[str, Method] = {
+    "more": Method(MoreConfig, "mixture of low-rank experts: a rank for each task", "by task", BY_NAME),
+    "lora": Method(LoraConfig, "low-rank updates, shared by all tasks"),
+    "rslora": Method(LoraConfig, "LoRA scaled by alpha / sqrt(r)", fixed={"use_rslora": True}),
+    "dora": Method(LoraConfig, "LoRA on the weights' directions, and their lengths", fixed={"use_dora": True}),
+    "vera": Method(VeraConfig, "vectors that scale one frozen random pair of matrices"),
+    "ia3": Method(IA3Config, "vectors that scale keys, values and the FFN's inner activations", defaults={}),
+    "poly": Method(
+        PolyConfig,
+        "Polytropon: a few LoRAs, mixed by learned weights for each task",
+        "no",
+        ("n_tasks", None),
+        refuses={"gradient_checkpointing": "it forgets the tasks before the recomputation"},
+    ),
+    "prompt_tuning": Method(
+        PromptTuningConfig,
+        "trained vectors before the prompt",
+        "no",
+        fixed=ENCODER_PROMPT,
+        defaults={"num_virtual_tokens": 100},
+    ),
+    "prefix_tuning": Method(
+        PrefixTuningConfig,
+        "trained keys and values before those of every layer",
+        "no",
+        fixed={"prefix_projection": False},
+        defaults={"num_virtual_tokens": 20},
+        refuses={
+            "gradient_checkpointing": "its keys and values come as a cache, which checkpointing turns off",
+            "encoder_decoder": "PEFT puts its prefix before the decoder alone; use prompt_tuning",
+        },
+    ),
+}
+"""Name of a method -> the method."""
+
+
+def adapter_config(method: str, options: dict[str, Any], task_names: Sequence[str], model_config: Any) -> PeftConfig:
+    """The PEFT configuration of a method for these tasks and this model.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    chosen = METHODS[method]
+    known = {**chosen.defaults, **options, **chosen.fixed}
+    for name, value in zip(chosen.tasks, (len(task_names), list(task_names)), strict=True):
+        if name is not None:
+            known[name] = value
+    task_type = "SEQ_2_SEQ_LM" if model_config.is_encoder_decoder else "CAUSAL_LM"
+    try:
+        return chosen.config(task_type=task_type, **known)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"adapter: {' '.join(str(error).split())}") from error
+
+
+def check_method(method: str, options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the name of a method and the names of its options."""
+    if method not in METHODS:
+        return [f"unknown method '{method}'{suggest(method, METHODS)}; `--method list` describes them"]
+    chosen, wrong = METHODS[method], []
+    for key in options:
+        if key in chosen.fixed:
+            wrong.append(f"adapter.{key} cannot be set: it is {chosen.fixed[key]} in {method}")
+        elif key not in chosen.options:
+            wrong.append(f"adapter.{key}: unknown option{suggest(key, chosen.options)}")
+    return wrong
+
+
+def check_together(method: str, **conditions: bool) -> None:
+    """Refuse a method with a model or a setting that it cannot go with.
+
+    Args:
+        method: its name.
+        conditions: keys of `Method.refuses`, and whether they hold.
+
+    Raises:
+        UserError: naming the reason.
+    """
+    for name, why in METHODS[method].refuses.items():
+        if conditions.get(name):
+            subject = "an encoder-decoder model" if name == "encoder_decoder" else name
+            raise UserError(f"{method} does not go with {subject}: {why}")
