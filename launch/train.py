@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from more_ds import checkpoint, cli, log, plan, report
+from more_ds.after_step import after_step
 from more_ds.agreement import check_ranks, fingerprint
 from more_ds.checkpoint_files import read_state
 from more_ds.config import read_recipe
@@ -171,6 +172,7 @@ def loop(run: Run) -> None:
             rate = learning_rate(config, state.step, total)
             set_learning_rate(run.engine, rate)
             norm = take_step(run, ledger)
+            after_step(run.engine)
             state.step += 1
             stops, evaluates = run.stop.agreed(), run.evaluation_is_due()
             saves = config.save_steps is not None and state.step % config.save_steps == 0

@@ -218,7 +218,8 @@ def _adapter(model: PeftModel) -> _Adapter:
     full_names = {id(tensor): name for name, tensor in whole.items()}
     if model.active_peft_config.is_prompt_learning:
         # PEFT would compute a copy of it.
-        saved = {"prompt_embeddings": model.prompt_encoder[model.active_adapter].embedding.weight}
+        encoder: Any = model.prompt_encoder[model.active_adapter]
+        saved = {"prompt_embeddings": encoder.embedding.weight}
     else:
         saved = get_peft_model_state_dict(
             model, state_dict=whole, adapter_name=model.active_adapter, save_embedding_layers=False

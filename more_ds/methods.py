@@ -17,7 +17,18 @@ from peft import (
 )
 
 from more_ds.errors import UserError, suggest
-from more_ds.tuners import MoreConfig
+from more_ds.tuners import (
+    BitFitConfig,
+    DyLoraConfig,
+    HoulsbyConfig,
+    HydraLoraConfig,
+    MoeLoraConfig,
+    MoreConfig,
+    MtlLoraConfig,
+    MultiLoraConfig,
+    SMoRAConfig,
+    SoRAConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,15 @@ ENCODER_PROMPT = {"num_transformer_submodules": 1}
 
 METHODS: dict[str, Method] = {
     "more": Method(MoreConfig, "mixture of low-rank experts: a rank for each task", "by task", BY_NAME),
+    "moelora": Method(MoeLoraConfig, "LoRA cut into experts, weighed by a gate on the task", "by task", BY_NAME),
+    "mtl_lora": Method(MtlLoraConfig, "a matrix for each task between a shared A and mixed B's", "by task", BY_NAME),
+    "multilora": Method(MultiLoraConfig, "LoRAs side by side, with a scale for every output"),
+    "hydralora": Method(HydraLoraConfig, "one A, several B's, mixed for every token", "no"),
+    "smora": Method(SMoRAConfig, "every rank an expert; a token uses the best few", "no"),
+    "dylora": Method(DyLoraConfig, "LoRA that works when cut to any rank"),
+    "sora": Method(SoRAConfig, "LoRA whose superfluous ranks are driven to zero"),
+    "bitfit": Method(BitFitConfig, "biases alone, added where there are none", defaults={}),
+    "houlsby": Method(HoulsbyConfig, "bottlenecks after attention and FFN", "no", defaults={}),
     "lora": Method(LoraConfig, "low-rank updates, shared by all tasks"),
     "rslora": Method(LoraConfig, "LoRA scaled by alpha / sqrt(r)", fixed={"use_rslora": True}),
     "dora": Method(LoraConfig, "LoRA on the weights' directions, and their lengths", fixed={"use_dora": True}),

@@ -131,7 +131,7 @@ def attach(model: nn.Module, adapter: PeftConfig) -> PeftModel:
     """
     try:
         return get_peft_model(model, adapter)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         reason = str(error).splitlines()[0]
         raise UserError(f"{reason} (linear maps of this model: {', '.join(linear)})") from error

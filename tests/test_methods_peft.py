@@ -132,18 +132,11 @@ def test_the_written_text_is_what_the_scores_prefer() -> None:
             assert best[-1] == written[length - 1]
 
 
-@pytest.mark.parametrize(
-    ("method", "stage"),
-    [
-        ("prompt_tuning", 3),
-        ("poly", 2),
-        *(
-            pytest.param(method, stage, marks=pytest.mark.slow)
-            for method in ("dora", "rslora", "vera", "ia3", "poly", "prompt_tuning", "prefix_tuning")
-            for stage in (2, 3)
-        ),
-    ],
-)
+FAST = [("prompt_tuning", 3), ("poly", 2), ("sora", 3), ("moelora", 2)]
+SLOW = [(method, stage) for method in METHODS for stage in (2, 3) if (method, stage) not in FAST and method != "more"]
+
+
+@pytest.mark.parametrize(("method", "stage"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_two_ranks_equal_one_process(place: Path, tmp_path: Path, method: str, stage: int) -> None:
     options = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
     shards = str(zero_stage_file(tmp_path, stage, **options))
@@ -152,3 +145,5 @@ def test_two_ranks_equal_one_process(place: Path, tmp_path: Path, method: str, s
         assert run_ranks(lambda _, a=arguments: train.main(a), world) == [0] * world
     assert len(losses(tmp_path / "1")) == 3
     assert_same_run(tmp_path / "1", tmp_path / "2")
+    steps = losses(tmp_path / "2")
+    assert max(len(row["tasks"]) for row in steps) > 1, "no step had ranks on different tasks"

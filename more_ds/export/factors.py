@@ -18,9 +18,14 @@ from more_ds.errors import UserError
 from more_ds.loading import Subject, read_weights
 from more_ds.numerics import at_least_float32
 from more_ds.tuners import MoreConfig
+from more_ds.tuners.base import UPDATE
 from more_ds.tuners.more.experts import expert_table
+from more_ds.tuners.update import SHARED, Update, UpdateConfig
 
 PREFIX = "base_model.model."
+
+OWN = ("more_", "lora_", f"{UPDATE}.")
+"""What the names of an adapter's own tensors have in them."""
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Name of an adapted map -> A, (rank, in), and B, (out, rank), in float32: the task's update of its weight is B A."""
@@ -46,7 +51,7 @@ class Adapter:
         Raises:
             UserError: the method's update of a task is no low-rank product.
         """
-        further = sorted(key for key in self.tensors if not any(f".{part}" in key for part in ("more_", "lora_")))
+        further = sorted(key for key in self.tensors if not any(f".{part}" in key for part in OWN))
         if further:
             raise UserError(
                 f"the adapter also holds weights of the model's own modules, e.g. {further[0]}, which no LoRA does; "
@@ -54,6 +59,8 @@ class Adapter:
             )
         if isinstance(self.config, MoreConfig):
             return _more(self.config, self.tensors, task)
+        if isinstance(self.config, UpdateConfig) and self.config.update_class.factors is not Update.factors:
+            return _updates(self.config, self.tensors, task)
         if type(self.config) is LoraConfig:
             return _lora(self.config, self.tensors)
         name = getattr(self.config.peft_type, "value", self.config.peft_type)
@@ -98,6 +105,28 @@ def _more(config: MoreConfig, tensors: Mapping[str, Tensor], task: int) -> Facto
         a, b = at_least_float32(part["A"]), at_least_float32(part["B"])
         found[name] = a[used].contiguous(), (b[:, used] * weights[used]).contiguous()
     return found
+
+
+def _updates(config: UpdateConfig, tensors: Mapping[str, Tensor], task: int) -> Factors:
+    """The factors that a method's `Update` gives, made again from its tensors."""
+    shared, module = None, config.shared_module()
+    with torch.no_grad():
+        if module is not None:
+            module.load_state_dict(_under(tensors, f"{PREFIX}{SHARED}.{UPDATE}."))
+            shared = module.eval()()
+        found: Factors = {}
+        for name in _maps(tensors, f".{UPDATE}.A"):
+            part = _under(tensors, f"{PREFIX}{name}.{UPDATE}.")
+            update = config.update_class(config, part["A"].shape[-1], part["B"].shape[0])
+            update.load_state_dict(part)
+            a, b = update.factors(task, shared)
+            found[name] = a.contiguous(), b.contiguous()
+    return found
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _embedding(config: MoreConfig, tensors: Mapping[str, Tensor], name: str, task: int) -> Tensor:

@@ -2,6 +2,27 @@
 
 from __future__ import annotations
 
+from more_ds.tuners.bitfit import BitFitConfig
+from more_ds.tuners.dylora import DyLoraConfig
+from more_ds.tuners.houlsby import HoulsbyConfig
+from more_ds.tuners.hydralora import HydraLoraConfig
+from more_ds.tuners.moelora import MoeLoraConfig
 from more_ds.tuners.more import MoreConfig, MoreModel
+from more_ds.tuners.mtl_lora import MtlLoraConfig
+from more_ds.tuners.multilora import MultiLoraConfig
+from more_ds.tuners.smora import SMoRAConfig
+from more_ds.tuners.sora import SoRAConfig
 
-__all__ = ["MoreConfig", "MoreModel"]
+__all__ = [
+    "BitFitConfig",
+    "DyLoraConfig",
+    "HoulsbyConfig",
+    "HydraLoraConfig",
+    "MoeLoraConfig",
+    "MoreConfig",
+    "MoreModel",
+    "MtlLoraConfig",
+    "MultiLoraConfig",
+    "SMoRAConfig",
+    "SoRAConfig",
+]

@@ -33,6 +33,7 @@ class TaskContext:
         self._projections: dict[tuple[int, int, int, torch.device], Tensor] = {}
         self._recording = False
         self.losses: dict[str, Tensor] = {}
+        self.shared: dict[str, Tensor] = {}
         self.decoding = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,6 +60,7 @@ class TaskContext:
         self._last_pool = None
         self._held.clear()
         self.losses.clear()
+        self.shared.clear()
         self._recording = True
         self.decoding = decoding
 

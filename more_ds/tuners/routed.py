@@ -101,7 +101,7 @@ class RoutedModel(BaseTuner):
         """Return the base model with one task's update merged in, an ordinary model."""
         # Merged as a whole first: unloading map by map could stop half way at a map that cannot be merged.
         self.merge_adapter(adapter_names, safe_merge, task)
-        super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         return self.model
 
     @contextmanager
