@@ -23,6 +23,7 @@ NAMES = sorted(METHODS)
 TASKS = ["a", "b", "c"]
 SMALL: dict[str, dict[str, Any]] = {
     "moelora": {"r": 4, "experts": 2, "task_dim": 6, "lora_dropout": 0.0},
+    "mixlora": {"r": 4, "experts": 4, "lora_dropout": 0.0},
     "smora": {"r": 8, "top_k": 3},
     "houlsby": {"reduction": 4},
     "vera": {"r": 4, "d_initial": 0.5},

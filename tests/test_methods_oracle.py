@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from method_oracles import ORACLES
+from method_oracles import ORACLES, softmax
 from oracle import prompts, tiny
 from peft import get_peft_model
 from test_methods import gradients, inputs, logits, made
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
 
 from more_ds.methods import adapter_config
+from more_ds.tuners.mixlora import MixLoraFFN
 from more_ds.tuners.update import SHARED, UpdateLinear
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -184,3 +185,50 @@ def test_parameters_are_those_of_the_formula(name: str, size: str) -> None:
 def test_parameters_of_adapters_on_t5_base() -> None:
     """24 after self-attention and 24 after the FFN; cross-attention has none."""
     assert trained("houlsby", t5_base()) == 48 * (2 * 24 * 768 + 24 + 768)
+
+
+def test_mixlora_is_whole_ffns_mixed_and_its_balance_is_over_real_tokens() -> None:
+    model = made("mixlora", lora_alpha=6, balance=0.5).double()
+    config = model.active_peft_config
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    layers = {m.key: m for m in model.modules() if isinstance(m, MixLoraFFN)}
+    assert len(layers) == 2
+    for key, layer in layers.items():
+        layer.register_forward_hook(lambda _, given, found, key=key: seen.update({key: (given[0], found)}))
+    batch = inputs("mixlora")
+    loss = model.train()(**batch).loss
+    scale, use, mass = config.lora_alpha / config.r, torch.zeros(4).double(), torch.zeros(4).double()
+    for key, layer in layers.items():
+        p = dict(layer.update["default"].named_parameters())
+        base = layer.base_layer
+
+        def expert(h: Tensor, e: int, p: dict[str, Tensor] = p, base: Any = base) -> Tensor:
+            block = slice(e * config.r, (e + 1) * config.r)
+            weight = {
+                name: getattr(base, f"{name}_proj").weight + scale * p[f"{name}_B"][:, block] @ p[f"{name}_A"][block]
+                for name in ("gate", "up", "down")
+            }
+            gated = weight["gate"] @ h
+            return weight["down"] @ (gated * torch.sigmoid(gated) * (weight["up"] @ h))
+
+        for i, t in batch["attention_mask"].nonzero().tolist():
+            h, found = seen[key][0][i, t], seen[key][1][i, t]
+            chances = softmax(p["router"] @ h)
+            best = sorted(range(4), key=lambda e: -chances[e].item())[:2]
+            expected = sum(chances[e] * expert(h, e) for e in best) / sum(chances[e] for e in best)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+            use[best] += 1
+            mass += chances.detach()
+    tokens = 2 * int(batch["attention_mask"].sum())
+    expected = 0.5 * 4 * sum(u / tokens * q / tokens for u, q in zip(use, mass, strict=True))
+    torch.testing.assert_close(model.losses["balance"], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, model.losses["lm"] + model.losses["balance"])
+    loss.backward()
+    assert all(layer.update["default"].router.grad.abs().max() > 0 for layer in layers.values())
+
+
+def test_mixlora_without_attention_is_the_layout_of_the_more_papers_table() -> None:
+    """r = 8 and n = 8 on wi and wo with a router, no LoRA in the attention: 11.94 M for eight tasks."""
+    found = trained("mixlora", t5_base(), r=8, attention=False)
+    assert found == 24 * (2 * 8 * 8 * (768 + 3072) + 768 * 8)
+    assert round(found / 8e6, 2) == 1.49, "a task's share in the table"

@@ -6,6 +6,7 @@ from more_ds.tuners.bitfit import BitFitConfig
 from more_ds.tuners.dylora import DyLoraConfig
 from more_ds.tuners.houlsby import HoulsbyConfig
 from more_ds.tuners.hydralora import HydraLoraConfig
+from more_ds.tuners.mixlora import MixLoraConfig
 from more_ds.tuners.moelora import MoeLoraConfig
 from more_ds.tuners.more import MoreConfig, MoreModel
 from more_ds.tuners.mtl_lora import MtlLoraConfig
@@ -18,6 +19,7 @@ __all__ = [
     "DyLoraConfig",
     "HoulsbyConfig",
     "HydraLoraConfig",
+    "MixLoraConfig",
     "MoeLoraConfig",
     "MoreConfig",
     "MoreModel",

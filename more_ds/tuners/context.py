@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,6 +102,13 @@ class TaskContext:
             self._pool_weights[key] = _pool_weights(at_least_float32(mask.to(x.dtype)), how)
         weights = self._pool_weights[key].to(dtype=x.dtype, device=x.device)
         return torch.bmm(repeat_rows(weights, len(x)).unsqueeze(1), x).squeeze(1)
+
+    def real_tokens(self, role: str, shape: Sequence[int], device: torch.device) -> Tensor:
+        """1 where a token counts, in a shape that values of (batch, length, ...) `shape` can be multiplied with."""
+        mask = self._masks.get(role)
+        if mask is None or len(shape) != 2 or tuple(mask.shape) != tuple(shape):
+            mask = torch.ones(tuple(shape), device=device)
+        return mask.to(device).unsqueeze(-1)
 
     def hold(self, layer: str, adapter: str, value: Tensor) -> None:
         """Keep a layer's value for the later steps, if this batch is being decoded."""
