@@ -22,6 +22,7 @@ from more_ds.tuners import (
     DyLoraConfig,
     HoulsbyConfig,
     HydraLoraConfig,
+    HyperFormerConfig,
     MixLoraConfig,
     MoeLoraConfig,
     MoreConfig,
@@ -82,6 +83,9 @@ METHODS: dict[str, Method] = {
     "sora": Method(SoRAConfig, "LoRA whose superfluous ranks are driven to zero"),
     "bitfit": Method(BitFitConfig, "biases alone, added where there are none", defaults={}),
     "houlsby": Method(HoulsbyConfig, "bottlenecks after attention and FFN", "no", defaults={}),
+    "hyperformer": Method(
+        HyperFormerConfig, "networks that write every task's bottlenecks", "no", BY_NAME, defaults={}
+    ),
     "lora": Method(LoraConfig, "low-rank updates, shared by all tasks"),
     "rslora": Method(LoraConfig, "LoRA scaled by alpha / sqrt(r)", fixed={"use_rslora": True}),
     "dora": Method(LoraConfig, "LoRA on the weights' directions, and their lengths", fixed={"use_dora": True}),

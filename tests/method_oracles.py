@@ -49,7 +49,7 @@ def hydralora(p: Numbers, config: Any, x: Tensor, task: int, output: Tensor) -> 
 
 def smora(p: Numbers, config: Any, x: Tensor, task: int, output: Tensor) -> Tensor:
     weights = softmax(p["router"] @ x)
-    ranked = sorted(range(config.r), key=lambda j: -float(weights[j] + p["bias"][j]))
+    ranked = sorted(range(config.r), key=lambda j: -(weights[j] + config.balance_rate * p["moves"][j]).item())
     used = ranked[: config.top_k]
     return config.lora_alpha / config.top_k * sum(weights[j] * p["B"][:, j] * (p["A"][j] @ x) for j in used)
 

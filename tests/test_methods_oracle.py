@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from method_oracles import ORACLES, softmax
+from method_oracles import ORACLES, houlsby, softmax
 from oracle import prompts, tiny
 from peft import get_peft_model
 from test_methods import gradients, inputs, logits, made
@@ -67,7 +67,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(method: str, options: 
     model = made(method, **options).double()
     if method == "smora":
         for layer in (m for m in model.modules() if isinstance(m, UpdateLinear)):
-            layer.update["default"].bias.copy_(torch.linspace(-0.1, 0.1, 8))
+            layer.update["default"].moves.copy_(torch.linspace(-100, 100, 8))
     base, maps, shared = with_oracles(model, method)
     plain = {key: value for key, value in prompts().items() if key != "task_ids"}
     expected = base(**plain)
@@ -124,13 +124,13 @@ def test_sora_shrinks_gates_to_exactly_zero_and_drops_them() -> None:
 
 
 def test_smora_moves_its_bias_against_the_use() -> None:
-    model = made("smora", balance_rate=0.25, target_modules=["q_proj"])
+    model = made("smora", target_modules=["q_proj"])
     update = next(m for m in model.modules() if isinstance(m, UpdateLinear)).update["default"]
     gradients(model, inputs("smora"))
     tokens = inputs("smora")["input_ids"].numel()
     assert update.used.sum() == 3 * tokens
-    update.balance(torch.tensor([5.0, 1, 3, 3, 3, 3, 6, 0]))
-    assert update.bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, -0.25, 0.25]
+    update.balance(torch.tensor([5, 1, 3, 3, 3, 3, 6, 0]))
+    assert update.moves.tolist() == [-1, 1, 0, 0, 0, 0, -1, 1]
     assert update.used.sum() == 0
 
 
@@ -232,3 +232,45 @@ def test_mixlora_without_attention_is_the_layout_of_the_more_papers_table() -> N
     found = trained("mixlora", t5_base(), r=8, attention=False)
     assert found == 24 * (2 * 8 * 8 * (768 + 3072) + 768 * 8)
     assert round(found / 8e6, 2) == 1.49, "a task's share in the table"
+
+
+@pytest.mark.parametrize("plus_plus", [True, False])
+def test_hyperformer_writes_the_adapters_of_the_equations(plus_plus: bool) -> None:
+    model = made("hyperformer", "t5", plus_plus=plus_plus).double()
+    seen: dict[str, Tensor] = {}
+    layers = [m for m in model.modules() if isinstance(m, UpdateLinear)]
+    for layer in layers:
+        layer.base_layer.register_forward_hook(lambda *args, key=layer.key: seen.update({f"{key} in": args[2]}))
+        layer.register_forward_hook(lambda *args, key=layer.key: seen.update({f"{key} out": args[2]}))
+    batch = inputs("hyperformer", "t5")
+    logits(model, batch)
+    p = dict(getattr(model.base_model.model, SHARED).update["default"].named_parameters())
+    assert len(layers) == 8, "two blocks of two layers, each with self-attention and FFN"
+    for layer in layers:
+        block, _, number, *_ = layer.key.split(".")
+        kind = int("DenseReluDense" in layer.key)
+        net = f"networks.{block if plus_plus else block + '_' + ('attention', 'ffn')[kind]}"
+        for i, task in enumerate(batch["task_ids"].tolist()):
+            e = [p["task"][task], p[f"{net}.layer"][int(number)], *([p[f"{net}.kind"][kind]] if plus_plus else [])]
+            h = torch.relu(p[f"{net}.mix.0.weight"] @ torch.cat(e) + p[f"{net}.mix.0.bias"])
+            h = p[f"{net}.mix.2.weight"] @ h + p[f"{net}.mix.2.bias"]
+            h = (h - h.mean()) / torch.sqrt(h.var(unbiased=False) + 1e-5)
+            h = h * p[f"{net}.mix.3.weight"] + p[f"{net}.mix.3.bias"]
+            w = {
+                part: p[f"{net}.write.{part}.weight"] @ h + p[f"{net}.write.{part}.bias"]
+                for part in ("down", "down_bias", "up", "up_bias", "gain", "shift")
+            }
+            w |= {"down": w["down"].view(4, 16), "up": w["up"].view(16, 4)}
+            for o, found in zip(seen[f"{layer.key} in"][i], seen[f"{layer.key} out"][i], strict=True):
+                y = houlsby(w, None, o, 0, o)
+                y = (y - y.mean()) / torch.sqrt(y.var(unbiased=False) + 1e-5)
+                torch.testing.assert_close(found, o + w["gain"] * y + w["shift"], rtol=1e-6, atol=1e-8)
+
+
+def test_parameters_of_hyperformer_on_t5_base() -> None:
+    """The fact sheet's 5.16 M and 10.2 M: what the networks write for one adapter, from 64 numbers and a bias."""
+    adapter = 65 * (2 * 24 * 768 + 24 + 3 * 768)
+    mix = lambda n: n * 64 * 128 + 128 + 128 * 64 + 64 + 128  # noqa: E731
+    assert trained("hyperformer", t5_base()) == 2 * (adapter + mix(3) + 14 * 64) + 8 * 64
+    assert round(trained("hyperformer", t5_base()) / 1e6, 2) == 5.16
+    assert trained("hyperformer", t5_base(), plus_plus=False) == 4 * (adapter + mix(2) + 12 * 64) + 8 * 64

@@ -109,7 +109,7 @@ def _more(config: MoreConfig, tensors: Mapping[str, Tensor], task: int) -> Facto
 
 def _updates(config: UpdateConfig, tensors: Mapping[str, Tensor], task: int) -> Factors:
     """The factors that a method's `Update` gives, made again from its tensors."""
-    shared, module = None, config.shared_module()
+    shared, module = None, config.shared_module({})
     with torch.no_grad():
         if module is not None:
             module.load_state_dict(_under(tensors, f"{PREFIX}{SHARED}.{UPDATE}."))

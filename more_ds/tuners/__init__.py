@@ -6,6 +6,7 @@ from more_ds.tuners.bitfit import BitFitConfig
 from more_ds.tuners.dylora import DyLoraConfig
 from more_ds.tuners.houlsby import HoulsbyConfig
 from more_ds.tuners.hydralora import HydraLoraConfig
+from more_ds.tuners.hyperformer import HyperFormerConfig
 from more_ds.tuners.mixlora import MixLoraConfig
 from more_ds.tuners.moelora import MoeLoraConfig
 from more_ds.tuners.more import MoreConfig, MoreModel
@@ -19,6 +20,7 @@ __all__ = [
     "DyLoraConfig",
     "HoulsbyConfig",
     "HydraLoraConfig",
+    "HyperFormerConfig",
     "MixLoraConfig",
     "MoeLoraConfig",
     "MoreConfig",

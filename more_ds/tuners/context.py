@@ -34,7 +34,7 @@ class TaskContext:
         self._projections: dict[tuple[int, int, int, torch.device], Tensor] = {}
         self._recording = False
         self.losses: dict[str, Tensor] = {}
-        self.shared: dict[str, Tensor] = {}
+        self.shared: dict[str, Any] = {}
         self.decoding = False
 
     def __getstate__(self) -> dict[str, Any]:

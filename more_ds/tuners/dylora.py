@@ -71,7 +71,7 @@ class DyLoraConfig(LowRankConfig):
         if self.rank is not None and not 1 <= self.rank <= self.r:
             raise ValueError(f"DyLoraConfig.rank is {self.rank}; it must be from 1 to r={self.r}")
 
-    def shared_module(self) -> nn.Module:
+    def shared_module(self, widths: dict[str, int]) -> nn.Module:
         return Cut(self)
 
 

@@ -102,7 +102,7 @@ class MoeLoraConfig(TasksConfig, LowRankConfig):
         if self.r % self.experts:
             raise ValueError(f"MoeLoraConfig.r={self.r} is not a multiple of experts={self.experts}")
 
-    def shared_module(self) -> nn.Module | None:
+    def shared_module(self, widths: dict[str, int]) -> nn.Module | None:
         return None if self.gate_per_map else TaskGate(self)
 
 

@@ -27,38 +27,42 @@ from more_ds.tuners.update_model import UpdateModel, register
 
 
 class SMoRA(LowRank):
-    """One map: A, B, the router W_r, (r, in), the bias, (r,), and how often each rank was used since the last step."""
+    """One map: A, B, the router W_r, (r, in), and two counts for every rank.
 
-    bias: Tensor
+    `moves` is the bias in units of `balance_rate`, and `used` how often the rank was used since the last step: whole
+    numbers, because a model that is cast to bfloat16 casts its buffers too, and these would stop counting.
+    """
+
+    moves: Tensor
     used: Tensor
 
     def __init__(self, config: SMoRAConfig, in_features: int, out_features: int) -> None:
         super().__init__(config, in_features, out_features)
         self.router = nn.Parameter(torch.empty(config.r, in_features))
-        self.register_buffer("bias", torch.zeros(config.r))
-        self.register_buffer("used", torch.zeros(config.r), persistent=False)
+        self.register_buffer("moves", torch.zeros(config.r, dtype=torch.long))
+        self.register_buffer("used", torch.zeros(config.r, dtype=torch.long), persistent=False)
         self.scaling = config.lora_alpha / config.top_k
 
     def reset(self) -> None:
-        """A and the router Kaiming-uniform (a = sqrt 5), B and the bias zero."""
+        """A and the router Kaiming-uniform (a = sqrt 5), B zero."""
         super().reset()
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
 
     def forward(self, x: Tensor, output: Tensor, tasks: Any, shared: Any) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             p = torch.softmax(F.linear(at_least_float32(x), at_least_float32(self.router)), dim=-1)
-        chosen = (p.detach() + self.bias).topk(self.config.top_k, dim=-1).indices
+        chosen = (p.detach() + self.config.balance_rate * self.moves).topk(self.config.top_k, dim=-1).indices
         mask = torch.zeros_like(p).scatter_(-1, chosen, 1.0)
         if self.training:
             # A recomputation under checkpointing counts everything twice, which the signs do not feel.
-            self.used += mask.flatten(0, -2).sum(0).to(self.used.dtype)
+            self.used += mask.flatten(0, -2).sum(0).long()
         hidden = self.down(x)
         return self.up(hidden * (p * mask).to(hidden.dtype))
 
     @torch.no_grad()
     def balance(self, used: Tensor) -> None:
         """Move the bias towards the ranks that were used too little: `used`, (r,), over all processes."""
-        self.bias += self.config.balance_rate * torch.sign(used.mean() - used).to(self.bias.dtype)
+        self.moves += torch.sign(used.sum() - used * len(used))
         self.used.zero_()
 
 

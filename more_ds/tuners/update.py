@@ -25,7 +25,12 @@ class Update(nn.Module):
     """What one adapted module is trained to add to its output.
 
     Parameters belong to this module itself, and are read in `forward` alone, so that ZeRO-3 has them there.
+
+    Attributes:
+        key: name of the adapted module in the model.
     """
+
+    key = ""
 
     def __init__(self, config: Any, in_features: int, out_features: int) -> None:
         """Make the parameters, without values."""
@@ -43,7 +48,7 @@ class Update(nn.Module):
             x: (batch, ..., in) what the module reads.
             output: (batch, ..., out) what it returns.
             tasks: (batch,) task of every row, or None if the method does not route by task.
-            shared: the tensor that the method's shared module returned for this batch, or None if it has none.
+            shared: what the method's shared module returned for this batch, or None if it has none.
 
         Returns:
             (batch, ..., out)
@@ -86,8 +91,8 @@ class UpdateConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform; give both or neither")
 
-    def shared_module(self) -> nn.Module | None:
-        """What all adapted modules of a model share: it is called, without arguments, before every batch."""
+    def shared_module(self, widths: dict[str, int]) -> nn.Module | None:
+        """What all adapted modules of a model share, called before every batch; `widths` of their outputs, by name."""
         return None
 
     def at_least_one(self, *names: str) -> None:
@@ -160,6 +165,7 @@ class UpdateLinear(UpdateLayer):
         """Add an adapter."""
         self.configs[adapter_name] = config
         update = config.update_class(config, self.in_features, self.out_features)
+        update.key = self.key
         if not any(tensor.is_meta for tensor in update.parameters()):
             update.reset()
         self.update[adapter_name] = update
@@ -180,7 +186,7 @@ class UpdateLinear(UpdateLayer):
 
     def _updated(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         update = self.update[name]
-        dtype = next(update.parameters()).dtype
+        dtype = next((p.dtype for p in update.parameters()), output.dtype)
         tasks = None
         if isinstance(self.configs[name], TasksConfig):
             tasks = repeat_rows(self.context.rows(self.configs[name].num_tasks, x.device), len(x))

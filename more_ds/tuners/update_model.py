@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class UpdateModel(RoutedModel):
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        module = config.shared_module()
+        module = config.shared_module(self._widths(adapter_name))
         if module is None:
             return
         if not hasattr(model, SHARED):
@@ -75,7 +76,22 @@ class UpdateModel(RoutedModel):
         super()._begin(task_ids if self.routes_by_task else None, prompt_mask, inputs, decoding)
         shared: Any = getattr(self.model, SHARED, None)
         if shared is not None and not shared.disable_adapters:
-            self.context.shared.update({n: shared.update[n]() for n in self.active_adapters if n in shared.update})
+            self.context.shared.update(
+                {n: self._share(shared.update[n]) for n in self.active_adapters if n in shared.update}
+            )
+
+    def _shared(self, layer: Any, names: Sequence[str]) -> dict[str, Any]:
+        """What the layers are given of the adapters `names` of the shared layer, by name."""
+        return {name: self._share(layer.update[name]) for name in names if name in layer.update}
+
+    def _share(self, module: Any) -> Any:
+        """What the layers are given of a shared module for the batch that begins."""
+        return module()
+
+    def _widths(self, adapter_name: str) -> dict[str, int]:
+        """Output width of every adapted map, by name."""
+        layers = [m for m in self.model.modules() if isinstance(m, UpdateLinear) and adapter_name in m.update]
+        return {layer.key: layer.out_features for layer in layers}
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, task: int | None = None
@@ -89,7 +105,9 @@ class UpdateModel(RoutedModel):
         if shared is not None:
             with torch.no_grad():
                 names = adapter_names or self.active_adapters
-                self.context.shared = {name: shared.update[name].eval()() for name in names if name in shared.update}
+                self.context.shared = {
+                    name: self._share(shared.update[name].eval()) for name in names if name in shared.update
+                }
         super().merge_adapter(adapter_names, safe_merge, task)
 
     def _unload_and_optionally_merge(
