@@ -79,10 +79,10 @@ def kinds(method: str) -> Iterator[str]:
 
 
 def everywhere(method: str) -> Iterator[Any]:
-    """All kinds of models for our own methods; for PEFT's, those beside `llama` are in the long suite."""
-    own = METHODS[method].config.__module__.startswith("more_ds")
+    """A causal model and, for our own methods, T5; the others are in the long suite."""
+    fast = ("llama", "t5") if METHODS[method].config.__module__.startswith("more_ds") else ("llama",)
     for kind in kinds(method):
-        yield pytest.param(method, kind, marks=[] if own or kind == "llama" else pytest.mark.slow)
+        yield pytest.param(method, kind, marks=[] if kind in fast else pytest.mark.slow)
 
 
 EVERYWHERE = [case for method in NAMES for case in everywhere(method)]
