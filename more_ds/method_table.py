@@ -27,8 +27,8 @@ def method_table(recipe: Mapping[str, Any], flags: Mapping[str, Any], trust_remo
     Raises:
         UserError: the model or the tasks are not there.
     """
-    kept = [{k: v for k, v in values.items() if k not in ("method", "adapter")} for values in (recipe, flags)]
-    config = plan.with_demo(cli.merged(*kept, "--method list"))
+    own, given = ({k: v for k, v in m.items() if k not in ("method", "adapter")} for m in (recipe, flags))
+    config = plan.with_demo(cli.merged(own, given, "--method list"))
     names = [task.name for task in resolve_tasks(config.tasks or None, config.suite, config.tasks_file)]
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
     rows = [
