@@ -123,7 +123,8 @@ def recompute(subject: Subject) -> Subject:
     """The same engine, with activation checkpointing from now on."""
     peft: Any = subject.text_model.peft
     peft.enable_input_require_grads()
-    subject.text_model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base: Any = subject.text_model.base
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return replace(subject, workload=replace(subject.workload, checkpointing=True))
 
 
@@ -171,6 +172,9 @@ def tensor_bytes() -> int:
 
 def peak_bytes(subject: Subject, micro: int, prompt: int) -> float:
     """The most bytes of tensors during a step."""
+    tuner: Any = getattr(subject.text_model.peft, "base_model", None)
+    # What is kept of the last step until the next one begins: a profiler that starts now would not see it go.
+    tuner.context.begin(None, None, None)
     rest = tensor_bytes()
     if subject.ranks.on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -196,8 +200,12 @@ def time_rows(subject: Subject) -> list[dict[str, Any]]:
     rows = []
     for micro, prompt in SHAPES:
         tracer = Tracer(at_prompt(subject.workload, prompt))
-        cost = [tracer.value(micro, measure) for measure in (lambda t: t.kernels, lambda t: t.flops, lambda t: t.traffic)]
-        rows.append({"model": subject.name, "micro": micro, "prompt": prompt, "cost": cost, "s": seconds[micro, prompt]})
+        cost = [
+            tracer.value(micro, measure) for measure in (lambda t: t.kernels, lambda t: t.flops, lambda t: t.traffic)
+        ]
+        rows.append(
+            {"model": subject.name, "micro": micro, "prompt": prompt, "cost": cost, "s": seconds[micro, prompt]}
+        )
     return rows
 
 
@@ -210,13 +218,14 @@ def fit(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     constants, _ = nnls((costs / scale)[used] / seconds[used, None], np.ones(int(used.sum())))
     log.say(
         "fitted: {:.2f} us an operation, {:.1f} GFLOP/s, {:.1f} GB/s".format(
-            *(constants[0] / scale[0] * 1e6, *(scale[i] / constants[i] / 1e9 if constants[i] else np.inf for i in (1, 2)))
+            *(
+                constants[0] / scale[0] * 1e6,
+                *(scale[i] / constants[i] / 1e9 if constants[i] else np.inf for i in (1, 2)),
+            )
         )
     )
     predicted = (costs / scale) @ constants
-    return [
-        {**row, "seconds": (float(predicted[i]), row["s"])} for i, row in enumerate(rows) if not used[i]
-    ]
+    return [{**row, "seconds": (float(predicted[i]), row["s"])} for i, row in enumerate(rows) if not used[i]]
 
 
 def say(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:

@@ -243,6 +243,15 @@ def _unpacked(parameters: Inventory, workload: Workload, setting: Setting) -> fl
     return float(parameters.frozen[parameters.quantizable].max()) * workload.dtype.itemsize
 
 
+def unpacking_traffic(parameters: Inventory, workload: Workload, quantization: str) -> float:
+    """Bytes that a micro-batch reads and writes to unpack quantised weights, anew in each pass over them."""
+    if quantization == "none":
+        return 0.0
+    passes = 3 if workload.checkpointing else 2
+    packed = frozen_bytes(parameters, workload, quantization)[parameters.quantizable].sum()
+    return passes * float(packed + parameters.frozen[parameters.quantizable].sum() * workload.dtype.itemsize)
+
+
 def _loading(parameters: Inventory, workload: Workload, setting: Setting) -> float:
     """Host bytes of a node while the weights are read: a copy per rank, or under ZeRO-3 one and the parts."""
     whole = parameters.num_frozen * float(workload.dtype.itemsize)

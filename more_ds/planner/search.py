@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from more_ds.config import RunConfig
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError
 from more_ds.model import DTYPES, adapter_config, check_model
 from more_ds.planner.hardware import Gpu, model_config
-from more_ds.planner.memory import Inventory, Memory, Setting, inventory, states, with_activations
+from more_ds.planner.memory import Inventory, Memory, Setting, inventory, states, unpacking_traffic, with_activations
 from more_ds.planner.timing import StepTime, compute_seconds, step_time
 from more_ds.planner.trace import Tracer, Workload
 from more_ds.tasks import resolve_tasks
@@ -101,6 +100,7 @@ class Subject:
             self._tracer.value(sizes.micro, measure)
             for measure in (lambda t: t.kernels, lambda t: t.flops, lambda t: t.traffic)
         )
+        traffic += unpacking_traffic(self.parameters, self.workload, self.config.quantization)
         seconds = compute_seconds(kernels, flops, traffic, cluster.gpu.speed)
         time = step_time(
             seconds, sizes.accumulation, self.parameters, self.workload, setting, cluster.gpu.links(cluster.per_node)
@@ -127,13 +127,18 @@ def cuts(config: RunConfig, world: int) -> Iterator[BatchSizes]:
 
 
 def candidates(subject: Subject, cluster: Cluster, ds_paths: Sequence[str]) -> list[Candidate]:
-    """For each DeepSpeed configuration the largest micro-batch that fits, or the smallest one, which does not."""
+    """For each DeepSpeed configuration the largest micro-batch that fits, or the smallest one, which does not.
+
+    Raises:
+        UserError: the global batch does not divide, or a configuration contradicts the recipe.
+    """
     found = []
     for path in ds_paths:
-        for sizes in cuts(subject.config, cluster.gpus):
-            candidate = subject.candidate(cluster, path, sizes)
-            if candidate.fits:
-                break
+        *larger, smallest = cuts(subject.config, cluster.gpus)
+        candidate = subject.candidate(cluster, path, smallest)
+        if candidate.fits:
+            tries = (subject.candidate(cluster, path, sizes) for sizes in larger)
+            candidate = next((one for one in tries if one.fits), candidate)
         found.append(candidate)
     return found
 
@@ -189,5 +194,5 @@ def require_divisible(gpus: int, nodes: int) -> None:
 
 def tokens_per_step(subject: Subject, sizes: BatchSizes) -> int:
     """Tokens of the rows of an optimizer step, all full."""
-    workload: Any = subject.workload
+    workload = subject.workload
     return sizes.total * (workload.prompt + workload.answer)

@@ -14,6 +14,12 @@ from more_ds.planner.trace import Workload
 OVERLAP = 0.5
 """Share of ZeRO-3's gathers that hides behind the arithmetic, at most all of that; an assumption."""
 
+HOST_LINK = 20e9
+"""Bytes per second between a GPU and its host's memory, over PCIe 4; an assumption."""
+
+HOST_ADAM = 2e9
+"""Values per second that the host's AdamW moves for one rank; an assumption."""
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -39,7 +45,7 @@ class Links:
     Attributes:
         per_node: GPUs of a node.
         inside: bytes per second that a GPU sends inside of its node.
-        between: the same to other nodes, its share of the node's network cards.
+        between: the same to other nodes, through its share of the node's network cards.
         latency: seconds of a collective of two ranks, and per doubling of their number.
     """
 
@@ -51,7 +57,8 @@ class Links:
     def seconds(self, volume: float, world: int, calls: float) -> float:
         """Time of collectives.
 
-        A ring passes (world - 1) / world of the whole through every link, and the slowest link decides.
+        Rings pass (world - 1) / world of the whole through every GPU, and through the boundary of every node, where
+        they share all of its network cards; the slower of the two decides.
 
         Args:
             volume: bytes of the whole tensors, all calls together.
@@ -60,7 +67,7 @@ class Links:
         """
         if world == 1:
             return 0.0
-        slowest = self.inside if world <= self.per_node else min(self.inside, self.between)
+        slowest = self.inside if world <= self.per_node else min(self.inside, self.between * self.per_node)
         return volume * (world - 1) / world / slowest + calls * self.latency * math.log2(world)
 
 
@@ -72,6 +79,7 @@ class StepTime:
         compute: of the micro-batches.
         gathers: of ZeRO-3's weights, before any overlap.
         reduction: of the adapter's gradients and values.
+        offload: of what moves to the host and back, and of the optimizer there.
         exposed: of the communication that nothing hides.
         received: bytes, by what they are.
     """
@@ -79,13 +87,14 @@ class StepTime:
     compute: float
     gathers: float
     reduction: float
+    offload: float
     exposed: float
     received: dict[str, float]
 
     @property
     def seconds(self) -> float:
         """The whole step."""
-        return self.compute + self.exposed
+        return self.compute + self.offload + self.exposed
 
 
 def compute_seconds(kernels: float, flops: float, traffic: float, speed: Speed) -> float:
@@ -116,7 +125,10 @@ def step_time(
     compute = micro_seconds * accumulation
     hidden = min(compute, OVERLAP * gathers)
     scale = (world - 1) / world
-    return StepTime(compute, gathers, reduction, gathers - hidden + reduction, {k: v * scale for k, v in volumes.items()})
+    offload = _offload_seconds(volumes["weights"], parameters, workload, setting)
+    return StepTime(
+        compute, gathers, reduction, offload, gathers - hidden + reduction, {k: v * scale for k, v in volumes.items()}
+    )
 
 
 def received(parameters: Inventory, workload: Workload, setting: Setting, accumulation: int) -> Mapping[str, float]:
@@ -127,6 +139,17 @@ def received(parameters: Inventory, workload: Workload, setting: Setting, accumu
     reductions = accumulation if setting.stage >= 2 else 1
     adapter = parameters.num_trainable * size * (reductions + 1.0)
     return {"weights": 2.0 * accumulation * float(gathered.sum()), "adapter": adapter}
+
+
+def _offload_seconds(gathered: float, parameters: Inventory, workload: Workload, setting: Setting) -> float:
+    """What offloading adds: a rank's part of each gather comes from the host; gradients go there, values come back."""
+    seconds = 0.0
+    if setting.offloads("offload_param"):
+        seconds += gathered / setting.world / HOST_LINK
+    if setting.offloads("offload_optimizer"):
+        values = parameters.num_trainable / setting.world
+        seconds += values * (4.0 + workload.adapter_dtype.itemsize) / HOST_LINK + values / HOST_ADAM
+    return seconds
 
 
 def _is_gathered(parameters: Inventory, setting: Setting) -> np.ndarray:
