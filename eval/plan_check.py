@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -200,12 +201,9 @@ def time_rows(subject: Subject) -> list[dict[str, Any]]:
     rows = []
     for micro, prompt in SHAPES:
         tracer = Tracer(at_prompt(subject.workload, prompt))
-        cost = [
-            tracer.value(micro, measure) for measure in (lambda t: t.kernels, lambda t: t.flops, lambda t: t.traffic)
-        ]
-        rows.append(
-            {"model": subject.name, "micro": micro, "prompt": prompt, "cost": cost, "s": seconds[micro, prompt]}
-        )
+        cost = [tracer.value(micro, attrgetter(name)) for name in ("kernels", "flops", "traffic")]
+        measured = seconds[micro, prompt]
+        rows.append({"model": subject.name, "micro": micro, "prompt": prompt, "cost": cost, "s": measured})
     return rows
 
 
@@ -216,14 +214,8 @@ def fit(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     scale = costs.max(axis=0)
     used = np.arange(len(rows)) % 2 == 0
     constants, _ = nnls((costs / scale)[used] / seconds[used, None], np.ones(int(used.sum())))
-    log.say(
-        "fitted: {:.2f} us an operation, {:.1f} GFLOP/s, {:.1f} GB/s".format(
-            *(
-                constants[0] / scale[0] * 1e6,
-                *(scale[i] / constants[i] / 1e9 if constants[i] else np.inf for i in (1, 2)),
-            )
-        )
-    )
+    each = constants / scale * 1e12
+    log.say(f"fitted: {each[0] / 1e6:.2f} us an operation, {each[1]:.2f} ps a FLOP, {each[2]:.1f} ps a byte")
     predicted = (costs / scale) @ constants
     return [{**row, "seconds": (float(predicted[i]), row["s"])} for i, row in enumerate(rows) if not used[i]]
 

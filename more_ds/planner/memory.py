@@ -1,8 +1,8 @@
 """Memory of one rank: what DeepSpeed holds for a model whose base is frozen, by ZeRO stage.
 
-DeepSpeed's own estimators (`estimate_zero3_model_states_mem_needs`) count 16 bytes and more for every parameter, as if all
-were trained. Here a frozen parameter costs its own bytes and nothing else; gradients, master values and Adam's moments
-belong to the adapter alone. The rules were read in DeepSpeed 0.19.8 and measured (`eval/plan_check.py`).
+DeepSpeed's own estimators (`estimate_zero3_model_states_mem_needs`) count 16 bytes and more for every parameter, as if
+all were trained. Here a frozen parameter costs its own bytes and nothing else; gradients, master values and Adam's
+moments belong to the adapter alone. The rules were read in DeepSpeed 0.19.8 and measured (`eval/plan_check.py`).
 """
 
 from __future__ import annotations

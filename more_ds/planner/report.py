@@ -105,7 +105,9 @@ def as_json(
         "gpus": cluster.gpus,
         "nodes": cluster.nodes,
         "parameters": {
-            "frozen": parameters.num_frozen, "trainable": parameters.num_trainable, "trainable_by_kind": parameters.kinds,
+            "frozen": parameters.num_frozen,
+            "trainable": parameters.num_trainable,
+            "trainable_by_kind": parameters.kinds,
         },
         "candidates": [asdict(candidate) for candidate in found],
         "recommended": asdict(chosen),
@@ -168,7 +170,8 @@ def _totals(chosen: Candidate, whole: Mapping[str, float]) -> str:
     time = chosen.time
     sent = ", ".join(f"{name} {value / GB:.2f} GB" for name, value in time.received.items() if value) or "nothing"
     rows = [
-        ("step", f"{time.seconds:.3f} s: compute {time.compute:.3f}, communication that nothing hides {time.exposed:.3f}"),
+        ("step", f"{time.seconds:.3f} s: compute {time.compute:.3f}, offload {time.offload:.3f}, "
+                 f"communication that nothing hides {time.exposed:.3f}"),
         ("received", f"{sent} a step and GPU; gathers {time.gathers:.3f} s, {OVERLAP:.0%} of them hidden"),
         ("speed", f"{whole['tokens_per_second']:,.0f} tokens/s, {whole['tokens_per_second_per_gpu']:,.0f} a GPU; "
                   f"{whole['utilisation']:.0%} of the data sheet's arithmetic"),
@@ -185,5 +188,6 @@ def refusal(recipe: str, config: RunConfig, cluster: Cluster, found: Sequence[Ca
     least = min(found, key=lambda c: c.memory.total)
     return (
         f"recipe '{recipe}' ({config.model}) does not fit {cluster}: {Path(least.ds_path).name} with micro-batch "
-        f"{least.sizes.micro} needs {least.memory.total / GB:.1f} GB of {cluster.gpu.memory:.1f}; it fits with {nearest}"
+        f"{least.sizes.micro} needs {least.memory.total / GB:.1f} GB of {cluster.gpu.memory:.1f}; "
+        f"it fits with {nearest}"
     )

@@ -134,13 +134,18 @@ def candidates(subject: Subject, cluster: Cluster, ds_paths: Sequence[str]) -> l
     """
     found = []
     for path in ds_paths:
-        *larger, smallest = cuts(subject.config, cluster.gpus)
-        candidate = subject.candidate(cluster, path, smallest)
+        candidate = _smallest(subject, cluster, path)
         if candidate.fits:
+            larger = list(cuts(subject.config, cluster.gpus))[:-1]
             tries = (subject.candidate(cluster, path, sizes) for sizes in larger)
             candidate = next((one for one in tries if one.fits), candidate)
         found.append(candidate)
     return found
+
+
+def _smallest(subject: Subject, cluster: Cluster, ds_path: str) -> Candidate:
+    """The way to run it with the smallest micro-batch."""
+    return subject.candidate(cluster, ds_path, list(cuts(subject.config, cluster.gpus))[-1])
 
 
 def best(found: Sequence[Candidate]) -> Candidate | None:
@@ -177,7 +182,7 @@ def nearest(subject: Subject, cluster: Cluster, ds_paths: Sequence[str]) -> str:
     workload = subject.workload
     for text, changed, larger in tries:
         other = Subject(changed, workload.prompt, workload.answer)
-        if best(candidates(other, larger, ds_paths)) is not None:
+        if any(_smallest(other, larger, path).fits for path in ds_paths):
             return text
     return "a GPU with more memory"
 

@@ -1,9 +1,8 @@
 """One training step on the meta device: what it computes, moves and keeps, without weights and without a GPU.
 
 The model runs its real forward and backward pass on tensors that have shapes and no values, so that every architecture
-of Hugging Face is covered, with the adapter that will be trained; nothing is estimated from a formula. Decoders of equal
-layers are traced at two small depths and extended along the straight line through them, which is exact but for
-the rounding of an allocator.
+of Hugging Face is covered, with the adapter that will be trained; nothing is estimated from a formula. Models of equal
+layers are traced at two small depths and extended along the straight line through them.
 """
 
 from __future__ import annotations
