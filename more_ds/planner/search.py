@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from more_ds.config import RunConfig
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError
@@ -87,28 +89,37 @@ class Subject:
             answer or config.max_target_length, config.gradient_checkpointing, config.attn_implementation or "sdpa",
         )  # fmt: skip
         self.parameters: Inventory = inventory(self.workload)
-        self._tracer = Tracer(self.workload)
+        self._tracers: dict[torch.dtype, Tracer] = {}
 
     def candidate(self, cluster: Cluster, ds_path: str, sizes: BatchSizes) -> Candidate:
         """Memory and time of one way to run it."""
         ds_config = resolve(ds_path, self.config, sizes, self.dtype)
         setting = Setting(ds_config, cluster.gpus, cluster.per_node, self.config.quantization)
-        held = states(self.parameters, self.workload, setting)
-        saved, peak = self._tracer.value(sizes.micro, lambda t: t.saved), self._tracer.peak(sizes.micro)
+        workload, tracer = self._traced(setting.stage)
+        held = states(self.parameters, workload, setting)
+        saved, peak = tracer.value(sizes.micro, lambda t: t.saved), tracer.peak(sizes.micro)
         memory = with_activations(held, saved, peak, on_gpu=True)
         kernels, flops, traffic = (
-            self._tracer.value(sizes.micro, measure)
+            tracer.value(sizes.micro, measure)
             for measure in (lambda t: t.kernels, lambda t: t.flops, lambda t: t.traffic)
         )
-        traffic += unpacking_traffic(self.parameters, self.workload, self.config.quantization)
+        traffic += unpacking_traffic(self.parameters, workload, self.config.quantization)
         seconds = compute_seconds(kernels, flops, traffic, cluster.gpu.speed)
         time = step_time(
-            seconds, sizes.accumulation, self.parameters, self.workload, setting, cluster.gpu.links(cluster.per_node)
+            seconds, sizes.accumulation, self.parameters, workload, setting, cluster.gpu.links(cluster.per_node)
         )
         return Candidate(
             ds_path, zero_stage(ds_config), sizes, memory, time, flops * sizes.accumulation * cluster.gpus,
             memory.total <= cluster.gpu.memory * 1e9,
         )  # fmt: skip
+
+    def _traced(self, stage: int) -> tuple[Workload, Tracer]:
+        """The workload and its tracer: DeepSpeed casts PEFT's float32 adapter, except under ZeRO-3."""
+        dtype = torch.float32 if stage == 3 else self.workload.dtype
+        workload = replace(self.workload, adapter_dtype=dtype)
+        if dtype not in self._tracers:
+            self._tracers[dtype] = Tracer(workload)
+        return workload, self._tracers[dtype]
 
 
 def cuts(config: RunConfig, world: int) -> Iterator[BatchSizes]:
