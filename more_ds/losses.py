@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from more_ds.numerics import at_least_float32
+from more_ds.numerics import at_least_float32, without_autocast
 
 IGNORED = -100
 """Label of a position which does not count."""
@@ -41,7 +41,7 @@ def contrastive_loss(z: Tensor, embeddings: Tensor, task_ids: Tensor, temperatur
     Returns:
         Scalar: the mean over the maps and the batch, in nats, computed in float32.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         log_p = torch.log_softmax(cosine(z, embeddings) / temperature, dim=-1)
     return -log_p.gather(-1, task_ids.unsqueeze(1).expand(*log_p.shape[:-1], 1)).mean()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from more_ds.numerics import at_least_float32
+from more_ds.numerics import at_least_float32, without_autocast
 
 
 def expert_table(r: int, num_tasks: int, scale: str, experts: str, seed: int) -> Tensor:
@@ -42,7 +42,7 @@ class Gate(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (rows, h) to the (rows, r) logits, float32."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return F.linear(*map(at_least_float32, (x, self.weight, self.bias)))
 
 

@@ -1,0 +1,44 @@
+"""Every recipe, dry-run on the meta device on the GPUs that it is meant for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import plan
+from more_ds.config import build, read_recipe
+from more_ds.planner.hardware import find_gpu
+from more_ds.planner.search import Cluster, Subject, best, candidates, shipped
+
+RECIPES = {
+    "t5_base_glue": [("rtx-4090", 2)],
+    "t5_base_all": [("rtx-4090", 2)],
+    "flan_t5_xl_glue": [("a100-80gb", 1), ("rtx-4090", 2)],
+    "llama2_7b_glue": [("a100-80gb", 4)],
+    "llama2_7b_commonsense": [("a100-80gb", 4)],
+    "llama2_7b_nlg": [("a100-80gb", 4)],
+    "llama2_7b_all": [("a100-80gb", 4)],
+    "llama2_7b_4bit_glue": [("rtx-4090", 1)],
+    "llama2_13b_glue": [("a100-80gb", 4), ("a100-40gb", 4)],
+    "llama2_70b_glue": [("a100-80gb", 8), ("a100-80gb", 16)],
+    "llama2_70b_4bit_glue": [("a100-80gb", 4)],
+    "llama3_70b_commonsense": [("a100-80gb", 8), ("a100-80gb", 16)],
+    "qwen3_8b_all": [("a100-80gb", 4)],
+    "mistral_7b_glue": [("a100-80gb", 4)],
+    "mixtral_8x7b_glue": [("a100-80gb", 4)],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_fit_where_they_say(recipe: str) -> None:
+    subject = Subject(build(read_recipe(recipe), recipe))
+    for gpu, count in RECIPES[recipe]:
+        found = candidates(subject, Cluster(find_gpu(gpu), count, max(1, count // 8)), shipped())
+        assert best(found) is not None
+
+
+def test_all_recipes_are_checked() -> None:
+    there = {path.stem for path in (Path(plan.__file__).parent / "recipes").glob("*.yaml")} - {"demo"}
+    assert there == set(RECIPES)
