@@ -33,7 +33,8 @@ from more_ds.config import RunConfig
 from more_ds.ds_config import batch_sizes, resolve, zero_stage
 from more_ds.engine import Ranks, shard_while_loading, start, step
 from more_ds.losses import label_nll
-from more_ds.model import DTYPES, adapter_config, attach, load_base, read_model_config
+from more_ds.methods import adapter_config
+from more_ds.model import DTYPES, attach, load_base, read_model_config
 from more_ds.planner.memory import Setting, inventory, states, with_activations
 from more_ds.planner.trace import Tracer, Workload, batch
 from more_ds.text_model import TextModel
@@ -107,7 +108,7 @@ def prepare(folder: str, ds_path: str | None, dtype: str, ranks: Ranks) -> Subje
     ds_config["zero_optimization"] |= {name: SMALL for name in BUFFERS if name in ds_config["zero_optimization"]}
     sharding = shard_while_loading(ds_config)
     model_config = read_model_config(folder)
-    adapter = adapter_config("more", {"r": 8}, list("abcdefgh"), model_config.is_encoder_decoder)
+    adapter = adapter_config("more", {"r": 8}, list("abcdefgh"), model_config)
     base: Any = load_base(folder, model_config, dtype=dtype)
     model: Any = attach(base, adapter)
     engine = start(model, config, ds_config, ranks)

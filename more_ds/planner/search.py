@@ -11,7 +11,8 @@ import torch
 from more_ds.config import RunConfig
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError
-from more_ds.model import DTYPES, adapter_config, check_model
+from more_ds.methods import adapter_config
+from more_ds.model import DTYPES, check_model
 from more_ds.planner.hardware import Gpu, model_config
 from more_ds.planner.memory import Inventory, Memory, Setting, inventory, states, unpacking_traffic, with_activations
 from more_ds.planner.timing import StepTime, compute_seconds, step_time
@@ -80,9 +81,7 @@ class Subject:
         self.tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
         shape = model_config(config.model, config.revision)
         check_model(shape, self.dtype, config.max_source_length + config.max_target_length)
-        adapter = adapter_config(
-            config.method, config.adapter, [task.name for task in self.tasks], shape.is_encoder_decoder
-        )
+        adapter = adapter_config(config.method, config.adapter, [task.name for task in self.tasks], shape)
         torch_dtype = DTYPES[self.dtype]
         self.workload = Workload(
             shape, adapter, torch_dtype, torch_dtype, prompt or config.max_source_length,
