@@ -20,7 +20,7 @@ from launch import plan
 from more_ds.config import RunConfig
 from more_ds.encoding import Encoder
 from more_ds.losses import label_nll
-from more_ds.model import adapter_config
+from more_ds.methods import adapter_config
 from more_ds.planner.hardware import gpus, shapes, training_rows
 from more_ds.planner.memory import QUANTIZED_BYTES, Inventory, Setting, inventory, states, unpacking_traffic
 from more_ds.planner.search import cuts
@@ -39,7 +39,7 @@ def llama(depth: int, **changes: Any) -> Any:
 
 
 def workload(config: Any, checkpointing: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> Workload:
-    adapter = adapter_config("more", {"r": 4, **options}, TASKS, config.is_encoder_decoder)
+    adapter = adapter_config("more", {"r": 4, **options}, TASKS, config)
     return Workload(config, adapter, dtype, dtype, prompt=24, answer=6, checkpointing=checkpointing)
 
 
@@ -70,7 +70,7 @@ def test_trained_parameters_follow_the_papers_formula() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_traced_bytes_are_what_torchs_profiler_sees(kind: str, checkpointing: bool) -> None:
     base = base_model(kind)
-    model: Any = get_peft_model(base, adapter_config("more", {"r": 4}, TASKS, kind == "t5"))
+    model: Any = get_peft_model(base, adapter_config("more", {"r": 4}, TASKS, base.config))
     if checkpointing:
         model.enable_input_require_grads()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -131,7 +131,7 @@ def test_flops_are_forward_and_the_gradient_of_the_input_alone() -> None:
 def test_flops_agree_with_torchs_counter_on_real_tensors() -> None:
     base = base_model("llama")
     base.train()
-    given = Workload(base.config, adapter_config("lora", {"r": 4}, [], False), torch.float32, torch.float32, 24, 6)
+    given = Workload(base.config, adapter_config("lora", {"r": 4}, [], base.config), torch.float32, torch.float32, 24, 6)
     model: Any = get_peft_model(base, given.adapter)
     encoder: Any = SimpleNamespace(is_encoder_decoder=False, pad_id=0)
     tensors = batch(given, 4, "cpu")
