@@ -131,7 +131,9 @@ def test_flops_are_forward_and_the_gradient_of_the_input_alone() -> None:
 def test_flops_agree_with_torchs_counter_on_real_tensors() -> None:
     base = base_model("llama")
     base.train()
-    given = Workload(base.config, adapter_config("lora", {"r": 4}, [], base.config), torch.float32, torch.float32, 24, 6)
+    given = Workload(
+        base.config, adapter_config("lora", {"r": 4}, [], base.config), torch.float32, torch.float32, 24, 6
+    )
     model: Any = get_peft_model(base, given.adapter)
     encoder: Any = SimpleNamespace(is_encoder_decoder=False, pad_id=0)
     tensors = batch(given, 4, "cpu")
@@ -271,6 +273,7 @@ def test_mistakes_are_one_line(capsys: Any, words: list[str], part: str) -> None
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_names_what_does(capsys: Any) -> None:
     words = ["--gpu", "rtx-4090", "--ds_config", "ds_configs/zero2.json"]
     code, _, err = run(capsys, "llama2_13b_glue", *words)
@@ -279,6 +282,7 @@ def test_what_does_not_fit_names_what_does(capsys: Any) -> None:
     assert "it fits with --quantization 4bit" in err
 
 
+@pytest.mark.slow
 def test_a_slurm_script_runs_the_plan(capsys: Any, tmp_path: Path) -> None:
     path = tmp_path / "job.sbatch"
     code, _, _ = run(capsys, "t5_base_glue", "--gpus", "2", "--gpu", "rtx-4090", "--slurm", str(path))
