@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from more_ds import checkpoint, cli, log, plan, report
-from more_ds.after_step import after_step
+from more_ds.after_step import AfterStep
 from more_ds.agreement import check_ranks, fingerprint
 from more_ds.checkpoint_files import read_state
 from more_ds.config import read_recipe
@@ -28,7 +28,6 @@ from more_ds.ds_config import with_monitors
 from more_ds.engine import Ranks, in_touch, learning_rate, set_learning_rate, shard_while_loading, start, step
 from more_ds.errors import NonFiniteError, PreemptedError, UserError
 from more_ds.ledger import Ledger
-from more_ds.losses import label_nll
 from more_ds.method_table import LIST, method_table
 from more_ds.mixture import MicroBatch
 from more_ds.model import attach, load_base
@@ -159,7 +158,7 @@ def loop(run: Run) -> None:
         PreemptedError: a rank is to stop; what has been trained is not saved yet.
     """
     config, total, state = run.plan.config, run.plan.total_steps, run.progress
-    ledger = Ledger(run.plan.task_names, run.ranks)
+    ledger, after_step = Ledger(run.plan.task_names, run.ranks), AfterStep(run.engine)
     run.engine.train()
     with log.Progress(total, "training", initial=state.step) as bar:
         while True:
@@ -172,7 +171,7 @@ def loop(run: Run) -> None:
             rate = learning_rate(config, state.step, total)
             set_learning_rate(run.engine, rate)
             norm = take_step(run, ledger)
-            after_step(run.engine)
+            after_step()
             state.step += 1
             stops, evaluates = run.stop.agreed(), run.evaluation_is_due()
             saves = config.save_steps is not None and state.step % config.save_steps == 0
@@ -206,12 +205,11 @@ def take_step(run: Run, ledger: Ledger) -> Tensor | None:
     for batch in batches:
         seed_micro_batch(run.plan.config.seed, number, batch)
         tensors = {name: tensor.to(run.ranks.device) for name, tensor in batch.tensors.items()}
-        nll, _ = label_nll(run.text_model.label_logits(tensors), tensors["labels"])
-        loss = nll.sum() * (sizes.world * sizes.accumulation / tokens)
-        auxiliary = run.text_model.auxiliary_loss()
-        run.engine.backward(loss if auxiliary is None else loss + auxiliary)
+        weight = sizes.world * sizes.accumulation / tokens
+        loss, nll, auxiliary = run.text_model.training_loss(tensors, weight)
+        run.engine.backward(loss)
         norm = step(run.engine)
-        ledger.add(number, batch, nll.sum(), auxiliary)
+        ledger.add(number, batch, nll, auxiliary)
     assert norm is not None, "a step ended without its last micro-batch"
     if run.plan.dtype == "fp16":  # whose overflows DeepSpeed leaves out itself
         ledger.watch_scale(number, run.engine.skipped_steps)

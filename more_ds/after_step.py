@@ -12,21 +12,28 @@ from more_ds.tuners.smora import SMoRA
 from more_ds.tuners.sora import SoRA
 
 
-def after_step(engine: Any) -> None:
-    """Let the method follow an optimizer step: SoRA's proximal step, SMoRA's balance. Collective.
+class AfterStep:
+    """What follows an optimizer step: SoRA's proximal step, SMoRA's balance; nothing for the other methods."""
 
-    Args:
-        engine: of `more_ds.engine.start`, at any ZeRO stage.
-    """
-    modules = list(engine.module.modules())
-    gated = {str(i): m for i, m in enumerate(m for m in modules if isinstance(m, SoRA) and m.g.requires_grad)}
-    if gated:
-        numbers = NamedState(engine, {name: module.g for name, module in gated.items()})
-        values = numbers.gather(MASTER)
-        numbers.set(MASTER, {name: module.proximal(values[name]) for name, module in gated.items()})
-    routed = [m for m in modules if isinstance(m, SMoRA)]
-    if routed:
-        used = torch.cat([module.used for module in routed])
-        dist.all_reduce(used)
-        for module, own in zip(routed, used.split([len(m.used) for m in routed]), strict=True):
-            module.balance(own)
+    def __init__(self, engine: Any) -> None:
+        """Look for the modules that it concerns, once.
+
+        Args:
+            engine: of `more_ds.engine.start`, at any ZeRO stage.
+        """
+        modules = list(engine.module.modules())
+        self.engine = engine
+        self._gated = {str(i): m for i, m in enumerate(m for m in modules if isinstance(m, SoRA) and m.g.requires_grad)}
+        self._routed = [m for m in modules if isinstance(m, SMoRA)]
+
+    def __call__(self) -> None:
+        """Follow a step. Collective."""
+        if self._gated:
+            numbers = NamedState(self.engine, {name: module.g for name, module in self._gated.items()})
+            values = numbers.gather(MASTER)
+            numbers.set(MASTER, {name: module.proximal(values[name]) for name, module in self._gated.items()})
+        if self._routed:
+            used = torch.cat([module.used for module in self._routed])
+            dist.all_reduce(used)
+            for module, own in zip(self._routed, used.split([len(m.used) for m in self._routed]), strict=True):
+                module.balance(own)

@@ -17,7 +17,6 @@ from more_ds.config import RunConfig
 from more_ds.ds_config import BatchSizes
 from more_ds.engine import Ranks, learning_rate, set_learning_rate, step
 from more_ds.errors import TrainingError, UserError
-from more_ds.losses import label_nll
 from more_ds.mixture import MicroBatch, Mixture
 from more_ds.sampler import BalancedSampler
 from more_ds.task_inference import infer_tasks
@@ -176,11 +175,7 @@ class FewShot:
             torch.manual_seed(seed * pieces + batch.slot)
             tensors = {name: tensor.to(self.ranks.device) for name, tensor in batch.tensors.items()}
             tensors["task_ids"].fill_(self.task_id)
-            nll, _ = label_nll(self.text_model.label_logits(tensors), tensors["labels"])
-            # DeepSpeed averages over ranks and accumulation steps.
-            loss = nll.sum() * (pieces / tokens)
-            auxiliary = self.text_model.auxiliary_loss()
-            loss = loss if auxiliary is None else loss + auxiliary
+            loss, _, _ = self.text_model.training_loss(tensors, pieces / tokens)
             self.engine.backward(loss)
             share += loss.detach() / pieces
             step(self.engine)

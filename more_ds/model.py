@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
@@ -70,6 +71,17 @@ def check_model(config: Any, dtype: str, length: int) -> None:
         )
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' class for a model of this configuration."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def without_weights(config: Any, trust_remote_code: bool = False) -> Any:
+    """The model of a configuration on the meta device: its modules and shapes, and no memory."""
+    with init_empty_weights():
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+
+
 def load_base(
     name: str,
     config: Any,
@@ -94,7 +106,7 @@ def load_base(
     Raises:
         UserError: the weights are missing or damaged.
     """
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = auto_class(config)
     torch_dtype = DTYPES[dtype]
     quantized = {
         "none": None,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from more_ds import demo
 from more_ds.config import RunConfig
@@ -26,6 +25,7 @@ from more_ds.model import (
     load_tokenizer,
     parameters_by_kind,
     read_model_config,
+    without_weights,
 )
 from more_ds.sampler import BalancedSampler
 from more_ds.tasks import Task, resolve_tasks
@@ -242,9 +242,8 @@ def count(
     model_config: Any, adapter: PeftConfig, trust_remote_code: bool
 ) -> tuple[dict[str, int], int, dict[str, int]]:
     """Trainable parameters by kind, frozen parameters, and adapted maps by name, from shapes alone."""
-    auto = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
     with init_empty_weights(), torch.random.fork_rng():
-        model = attach(auto.from_config(model_config, trust_remote_code=trust_remote_code), adapter)
+        model = attach(without_weights(model_config, trust_remote_code), adapter)
     trainable = parameters_by_kind(model)
     # Methods that train a prompt wrap no modules, and have no tuner.
     targeted: list[str] = getattr(model.base_model, "targeted_module_names", [])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from more_ds.collate import Batch, Collator, positions
 from more_ds.encoding import Encoder
+from more_ds.losses import label_nll
 
 
 class TextModel:
@@ -100,6 +101,23 @@ class TextModel:
         kept = {"logits_to_keep": length + 1} if self.keeps_logits else {}
         logits = self.module(**inputs, **kept, use_cache=False).logits
         return logits[:, -length - 1 : -1]
+
+    def training_loss(self, batch: Batch, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss of a micro-batch whose tokens are `weight` of the step's each.
+
+        Args:
+            batch: with labels.
+            weight: scalar that the sum over the label tokens is multiplied by. DeepSpeed averages over ranks and
+                accumulation steps: their number over the step's label tokens makes the loss the mean over all of them.
+
+        Returns:
+            The loss to go backward from, the sum over the label tokens in nats, and the method's own part, weighted;
+            None if it has none.
+        """
+        nll, _ = label_nll(self.label_logits(batch), batch["labels"])
+        total, auxiliary = nll.sum(), self.auxiliary_loss()
+        loss = total * weight
+        return loss if auxiliary is None else loss + auxiliary, total, auxiliary
 
     def extras(self, batch: Batch) -> dict[str, Tensor]:
         """What a method that routes by task is told beside the base model's own inputs."""

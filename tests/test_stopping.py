@@ -19,7 +19,7 @@ from fault_runs import STEPS, argv, make_place, outcome, start
 
 from launch import train
 from more_ds import run as run_module
-from more_ds import stopping
+from more_ds import stopping, text_model
 from more_ds.errors import PREEMPTED
 from more_ds.ledger import Ledger
 from more_ds.run import Run
@@ -175,7 +175,7 @@ def poison(step: int, what: str) -> Any:
     """A patch that makes the loss, or the gradient alone, of rank 1 not finite at a step (counted from 1)."""
 
     def patch(rank: int) -> None:
-        original = train.label_nll
+        original = text_model.label_nll
 
         def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> Any:
             nll, other = original(logits, labels)
@@ -189,7 +189,7 @@ def poison(step: int, what: str) -> Any:
             poisoned.step = run.progress.step + 1  # type: ignore[attr-defined]
             return take(run, ledger)
 
-        train.label_nll, train.take_step = poisoned, counted
+        text_model.label_nll, train.take_step = poisoned, counted
 
     return patch
 

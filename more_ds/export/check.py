@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from more_ds.errors import TrainingError
+from more_ds.model import auto_class
 from more_ds.text_model import TextModel
 
 ROWS, LENGTH, SEED = 4, 24, 0
@@ -38,10 +38,9 @@ def lora_difference(base: nn.Module, folder: Path, expected: Tensor) -> float:
         model.unload()
 
 
-def merged_difference(folder: Path, is_encoder_decoder: bool, expected: Tensor) -> float:
+def merged_difference(folder: Path, config: Any, expected: Tensor) -> float:
     """Load a merged model and compare; the difference as of `compare`."""
-    auto = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_pretrained(str(folder), dtype=torch.float32).eval()
+    model = auto_class(config).from_pretrained(str(folder), dtype=torch.float32).eval()
     return compare(_logits(model, model.config, torch.device("cpu"), {}), expected)
 
 

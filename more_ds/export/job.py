@@ -21,9 +21,9 @@ from more_ds.export.card import run_scores, write_card
 from more_ds.export.check import lora_difference, merged_difference, reference_logits, refuse_different
 from more_ds.export.factors import Adapter, Factors, read_adapter
 from more_ds.export.lora import check_served, write_lora
-from more_ds.export.merged import without_weights, write_merged
+from more_ds.export.merged import write_merged
 from more_ds.loading import Subject, load_text_model
-from more_ds.model import DTYPES, load_base, read_model_config
+from more_ds.model import DTYPES, load_base, read_model_config, without_weights
 from more_ds.text_model import TextModel
 
 Form = Literal["lora", "padded", "merged", "adapter"]
@@ -196,7 +196,7 @@ def _differences(request: Request, tasks: Mapping[str, int], root: Path) -> dict
         for name in tasks:
             folder = root / name
             found[name] = (
-                merged_difference(folder, text_model.is_encoder_decoder, expected[name])
+                merged_difference(folder, text_model.config, expected[name])
                 if request.form == "merged"
                 else lora_difference(base, folder, expected[name])
             )

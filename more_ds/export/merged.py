@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from peft.utils import resolve_quantization_backend
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
 from more_ds import log
 from more_ds.errors import UserError
 from more_ds.export.factors import Factors
+from more_ds.model import without_weights
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -105,13 +104,6 @@ def _tensor_names(base: Path, shards: list[str], factors: Factors, model_config:
             raise UserError(f"the weight of {name} is also that of {tied[name]}: merged, both would change; untie them")
         found[match] = name, isinstance(model.get_submodule(name), Conv1D)
     return found
-
-
-def without_weights(model_config: Any) -> Any:
-    """The model of a configuration, on torch's meta device."""
-    auto = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
-    with init_empty_weights():
-        return auto.from_config(model_config)
 
 
 def _keys(base: Path, shards: list[str]) -> set[str]:

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from more_ds.losses import label_nll
-from more_ds.model import attach
+from more_ds.model import attach, auto_class
 from more_ds.text_model import TextModel
 
 aten = torch.ops.aten
@@ -90,9 +89,8 @@ def build(workload: Workload, depth: int | None = None) -> Any:
         UserError: the adapter's target modules match nothing.
     """
     config = workload.model_config if depth is None else at_depth(workload.model_config, depth)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        base = auto.from_config(config, dtype=workload.dtype, attn_implementation=workload.attention)
+        base = auto_class(config).from_config(config, dtype=workload.dtype, attn_implementation=workload.attention)
         base.config.use_cache = False
         model: Any = attach(base, copy.deepcopy(workload.adapter))
     for parameter in model.parameters():

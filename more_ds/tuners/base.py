@@ -14,12 +14,13 @@ import torch
 from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from more_ds.numerics import at_least_float32
+from more_ds.tuners.context import TaskContext
 
 TASK_IDS = "tuner_task_ids"
 """The name under which `task_ids` reaches a tuner's forward through PEFT's model classes."""
@@ -88,6 +89,53 @@ def _call_tuner(method: str) -> None:
 
     call._calls_tuner = True  # type: ignore[attr-defined]
     setattr(PeftModel, method, call)
+
+
+class MergesByTask(BaseTunerLayer):
+    """A layer whose update of one task is a matrix: it merges into the base weight, and comes out again to the bit.
+
+    Attributes:
+        context: of the model; its `merged_task` says which task.
+    """
+
+    context: TaskContext
+    merged_adapters: list[str]
+    _memory: list[Any]
+
+    def get_delta_weight(self, adapter: str, task: int | None) -> Tensor:
+        """The update of a task, (out, in) float32.
+
+        Raises:
+            ValueError: the adapter does not know the task, or its update is no matrix.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the update of the context's merge task to the base weight, in float32."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in getattr(self, self.adapter_layer_names[0]):
+                delta = self.get_delta_weight(name, self.context.merged_task)
+                self._memory.append(add_to_base(self, delta, safe_merge))
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the base weight back, to the bit."""
+        while self.merged_adapters:
+            self.merged_adapters.pop()
+            restore_base(self, self._memory.pop())
+        self.context.merged_task = None
+
+
+def check_task(task: int | None, num_tasks: int) -> int:
+    """Refuse a task that an adapter of `num_tasks` does not know.
+
+    Raises:
+        ValueError: naming those that it knows.
+    """
+    if task is None or not 0 <= task < num_tasks:
+        raise ValueError(f"task {task} is out of range; the adapter knows tasks 0 to {num_tasks - 1}")
+    return task
 
 
 def add_to_base(layer: BaseTunerLayer, delta: Tensor, safe: bool) -> Any:

@@ -34,6 +34,16 @@ class RoutedModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.__dict__.setdefault("context", TaskContext())
 
+    def _put(
+        self, layer: Any, adapter_name: str, config: Any, parent: nn.Module, target_name: str, target: nn.Module
+    ) -> None:
+        """Give a fresh layer its first adapter, and put it in the place of `target`, which it wraps."""
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
     def forward(
         self, *args: Any, task_ids: Tensor | None = None, prompt_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:

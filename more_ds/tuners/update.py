@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from more_ds.tuners.base import add_to_base, peft_type, restore_base
+from more_ds.tuners.base import MergesByTask, check_task, peft_type
 from more_ds.tuners.context import TaskContext, repeat_rows
 
 SHARED = "shared_update"
@@ -145,7 +144,7 @@ class SharedLayer(UpdateLayer):
         """Nothing."""
 
 
-class UpdateLinear(UpdateLayer):
+class UpdateLinear(MergesByTask, UpdateLayer):
     """A frozen module with one `Update` per adapter. PEFT's `all-linear` knows it by the `Linear` in its name."""
 
     other_param_names = ("configs",)
@@ -200,26 +199,8 @@ class UpdateLinear(UpdateLayer):
             ValueError: the adapter does not know the task, or its update is no matrix.
         """
         num_tasks = getattr(self.configs[adapter], "num_tasks", 1)
-        if task is None or not 0 <= task < num_tasks:
-            raise ValueError(f"task {task} is out of range; the adapter knows tasks 0 to {num_tasks - 1}")
-        a, b = self.update[adapter].factors(task, self.context.shared.get(adapter))
+        a, b = self.update[adapter].factors(check_task(task, num_tasks), self.context.shared.get(adapter))
         return b @ a
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update of the context's merge task to the base weight, in float32."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.update:
-                delta = self.get_delta_weight(name, self.context.merged_task)
-                self._memory.append(add_to_base(self, delta, safe_merge))
-                self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Put the base weight back, to the bit."""
-        while self.merged_adapters:
-            self.merged_adapters.pop()
-            restore_base(self, self._memory.pop())
-        self.context.merged_task = None
 
     def __repr__(self) -> str:
         return "update." + super().__repr__()

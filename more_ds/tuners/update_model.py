@@ -58,11 +58,7 @@ class UpdateModel(RoutedModel):
             return
         self._check_target(target, current_key, peft_config)
         layer = self.layer_class(target, self.context, current_key)
-        layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        self._put(layer, adapter_name, peft_config, parent, target_name, target)
 
     def _check_target(self, target: nn.Module, key: str, config: UpdateConfig) -> None:
         if not isinstance(target, (nn.Linear, Conv1D)) and not hasattr(target, "in_features"):

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from more_ds.losses import cosine
 from more_ds.numerics import at_least_float32
-from more_ds.tuners.base import add_to_base, restore_base
+from more_ds.tuners.base import MergesByTask, check_task
 from more_ds.tuners.context import SOURCE, TARGET, TaskContext, repeat_rows
 from more_ds.tuners.more.config import MoreConfig
 from more_ds.tuners.more.experts import Gate, TaskTable, scaled_table, task_probabilities
 
 
-class MoreLinear(nn.Module, BaseTunerLayer):
+class MoreLinear(nn.Module, MergesByTask):
     """A frozen linear map with one MoRE pair per adapter. All parameters belong to submodules that forward calls.
 
     PEFT's `all-linear` knows an adapted layer by the `Linear` in its class name.
@@ -269,30 +269,13 @@ class MoreLinear(nn.Module, BaseTunerLayer):
         config = self.configs[adapter]
         if config.gate_input == "pooled":
             raise ValueError("gate_input='pooled' chooses the rank by example; such an adapter cannot be merged")
-        if task is None or not 0 <= task < config.num_tasks:
-            raise ValueError(f"task {task} is out of range; the adapter knows tasks 0 to {config.num_tasks - 1}")
+        task = check_task(task, config.num_tasks)
         table = self._table(adapter, self.more_A[adapter].weight)
         if config.gate == "soft":
             weights = self._gate(adapter, self.more_task[adapter]())[task] @ table
         else:
             weights = table[self.ranks(adapter)[task] - 1]
         return (at_least_float32(self.more_B[adapter].weight) * weights) @ at_least_float32(self.more_A[adapter].weight)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update of the context's merge task to the base weight, in float32."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.more_A:
-                task = self.context.merged_task
-                self._memory.append(add_to_base(self, self.get_delta_weight(name, task), safe_merge))
-                self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Put the base weight back, to the bit."""
-        while self.merged_adapters:
-            self.merged_adapters.pop()
-            restore_base(self, self._memory.pop())
-        self.context.merged_task = None
 
     def __repr__(self) -> str:
         return "more." + super().__repr__()

@@ -51,11 +51,7 @@ class MoreModel(RoutedModel):
         if not isinstance(target, (nn.Linear, Conv1D)) and not hasattr(target, "in_features"):
             raise ValueError(f"target module {current_key} is a {type(target).__name__}; MoRE adapts linear maps only")
         layer = MoreLinear(target, self.context, _role(current_key, self._is_encoder_decoder()), current_key)
-        layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        self._put(layer, adapter_name, peft_config, parent, target_name, target)
 
     def _auxiliary(self) -> Tensor | None:
         weighted = [self._contrast(self.peft_config[name], maps) for name, maps in self.context.collect().items()]
