@@ -13,7 +13,7 @@ train: $(VENV)/ready
 	$(BIN)/deepspeed -q launch/train.py --ds_config ds_configs/zero2.json
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

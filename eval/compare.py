@@ -14,12 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from more_ds import cli, log
-from more_ds.comparison import comparison_tables, load_systems
+from more_ds.compare.comparison import comparison_tables, load_systems
+from more_ds.compare.pairing import paired_tables
+from more_ds.compare.published import GROUPS, load_published
+from more_ds.compare.tables import FORMATS, as_json
 from more_ds.errors import UserError
-from more_ds.pairing import paired_tables
-from more_ds.published import GROUPS, load_published
 from more_ds.results import RESULTS
-from more_ds.tables import FORMATS, as_json
 
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".json": "json"}
 

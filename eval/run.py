@@ -22,18 +22,18 @@ import torch
 import torch.distributed as dist
 
 from more_ds import cli, demo, log
-from more_ds.bootstrap import RESAMPLES
 from more_ds.checkpoint_files import ADAPTER, base_identity
-from more_ds.data import load_examples
+from more_ds.compare.bootstrap import RESAMPLES
+from more_ds.data.rows import load_examples
 from more_ds.errors import UserError, suggest
 from more_ds.evaluate import check_known, evaluate
-from more_ds.journal import Journal
 from more_ds.loading import Subject, choose_dtype, find_subject, load_text_model
 from more_ds.metrics import Gold
 from more_ds.model import DTYPES
 from more_ds.results import GENERATION, LIKELIHOOD, PREDICTIONS, RESULTS, TaskResult, result_table, write_results
 from more_ds.run_folder import versions
-from more_ds.task_inference import check_infers
+from more_ds.scoring.journal import Journal
+from more_ds.scoring.task_inference import check_infers
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example
 from more_ds.text_model import TextModel

@@ -26,15 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 import numpy as np
 
 from more_ds import command, log
-from more_ds.bootstrap import CorpusMetric, Paired, Sums, paired_test, standard_error
-from more_ds.data import load_examples
+from more_ds.compare.bootstrap import CorpusMetric, Paired, Sums, paired_test, standard_error
+from more_ds.data.rows import load_examples
+from more_ds.data.text_files import read_lines, read_references
 from more_ds.errors import UserError, suggest
 from more_ds.metrics import METRICS, Gold, Prediction, require
 from more_ds.results import GENERATION, TaskResult, write_summary
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import content_hash
 from more_ds.tasks.schema import label_key
-from more_ds.text_files import read_lines, read_references
 
 
 @dataclass(frozen=True)

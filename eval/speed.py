@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from more_ds import cli, log
-from more_ds.data import load_examples
+from more_ds.data.rows import load_examples
 from more_ds.errors import UserError
 from more_ds.loading import choose_dtype, find_subject, load_text_model
 from more_ds.model import DTYPES

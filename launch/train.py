@@ -24,12 +24,12 @@ from more_ds.after_step import AfterStep
 from more_ds.agreement import check_ranks, fingerprint
 from more_ds.checkpoint_files import read_state
 from more_ds.config import read_recipe
+from more_ds.data.mixture import MicroBatch
 from more_ds.ds_config import with_monitors
 from more_ds.engine import Ranks, in_touch, learning_rate, set_learning_rate, shard_while_loading, start, step
 from more_ds.errors import NonFiniteError, PreemptedError, UserError
 from more_ds.ledger import Ledger
 from more_ds.method_table import LIST, method_table
-from more_ds.mixture import MicroBatch
 from more_ds.model import attach, load_base
 from more_ds.rendezvous import from_slurm
 from more_ds.run import Run

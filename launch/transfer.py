@@ -24,7 +24,7 @@ from more_ds import checkpoint, cli, log
 from more_ds.checkpoint_files import ADAPTER, to_json, write_file
 from more_ds.collective import on_rank_zero
 from more_ds.config import RunConfig
-from more_ds.data import load_examples
+from more_ds.data.rows import load_examples
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve
 from more_ds.engine import Ranks, start
 from more_ds.errors import UserError, suggest

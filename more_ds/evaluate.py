@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from more_ds.answering import Answering, Item, prepare
 from more_ds.errors import UserError
-from more_ds.journal import Journal
 from more_ds.metrics import METRICS, Gold, Prediction, evaluate_metrics, majority_scores, standard_errors
 from more_ds.results import GENERATION, LIKELIHOOD, TaskResult
+from more_ds.scoring.answering import Answering, Item, prepare
+from more_ds.scoring.journal import Journal
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example, answer_value, content_hash, parse, prompt_hash
 from more_ds.text_model import TextModel
@@ -56,8 +56,8 @@ def evaluate(
         train_golds: the training answers by task, for the majority baseline.
         resamples: bootstrap resamples for the standard errors; 0: none.
         plain_prompts: whether the examples were made with the tasks' second prompts; recorded, no more.
-        infer_task: route every example by the task that its prompt looks like (`more_ds.task_inference`), not by its
-            own; tasks that the adapter does not know may then be scored.
+        infer_task: route every example by the task that its prompt looks like (`more_ds.scoring.task_inference`), not
+            by its own; tasks that the adapter does not know may then be scored.
         label: of the progress bar; None: no bar.
         journal: answers of an evaluation that was interrupted, which are taken over, and where answers are kept.
         between: called by all ranks together before each batch; raises to end the evaluation.

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from more_ds import checkpoint
 from more_ds.config import RunConfig
+from more_ds.data.mixture import MicroBatch, Mixture
+from more_ds.data.sampler import BalancedSampler
 from more_ds.ds_config import BatchSizes
 from more_ds.engine import Ranks, learning_rate, set_learning_rate, step
 from more_ds.errors import TrainingError, UserError
-from more_ds.mixture import MicroBatch, Mixture
-from more_ds.sampler import BalancedSampler
-from more_ds.task_inference import infer_tasks
+from more_ds.scoring.task_inference import infer_tasks
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example, expand
 from more_ds.text_model import TextModel

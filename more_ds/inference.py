@@ -9,10 +9,10 @@ from pathlib import Path
 from peft import PeftModel
 
 from more_ds.errors import UserError, suggest
-from more_ds.generation import generate
 from more_ds.loading import adapter_tasks, choose_dtype, find_subject, load_adapter, load_text_model
 from more_ds.log import Progress
-from more_ds.task_inference import infer_tasks
+from more_ds.scoring.generation import generate
+from more_ds.scoring.task_inference import infer_tasks
 from more_ds.text_model import TextModel
 
 FIRST = "default"
@@ -125,7 +125,7 @@ class Inference:
 
         Args:
             prompts: as in training.
-            tasks: of each prompt, or of all; None: found from the prompt (`more_ds.task_inference`).
+            tasks: of each prompt, or of all; None: found from the prompt (`more_ds.scoring.task_inference`).
             max_new_tokens: where a text stops at the latest.
             num_beams: 1 is greedy.
             batch_size: prompts that run together; sorted by length, so that few are padded far.

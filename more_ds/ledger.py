@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from more_ds.data.mixture import MicroBatch
 from more_ds.engine import Ranks
 from more_ds.errors import NonFiniteError, TrainingError
-from more_ds.mixture import MicroBatch
 
 MOST_SKIPPED = 50
 """Steps in a row that fp16 may leave out while it looks for its loss scale."""

@@ -18,10 +18,10 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from more_ds.errors import UserError, suggest
-from more_ds.generation import generate
 from more_ds.loading import choose_dtype, find_subject, load_text_model
 from more_ds.log import Progress
 from more_ds.losses import IGNORED, label_nll
+from more_ds.scoring.generation import generate
 
 T = TypeVar("T")
 

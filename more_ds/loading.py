@@ -17,7 +17,7 @@ from torch import nn
 
 from more_ds import log
 from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG
-from more_ds.encoding import Encoder
+from more_ds.data.encoding import Encoder
 from more_ds.errors import UserError
 from more_ds.model import check_model, load_base, load_tokenizer, read_model_config
 from more_ds.tasks import resolve_tasks

@@ -21,8 +21,8 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from more_ds import sums
-from more_ds.bootstrap import CorpusMetric, Sums, standard_error
+from more_ds.compare import sums
+from more_ds.compare.bootstrap import CorpusMetric, Sums, standard_error
 from more_ds.errors import UserError
 from more_ds.nlg_metrics import TEXT_METRICS, TextMetric
 

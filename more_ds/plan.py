@@ -14,9 +14,10 @@ from peft import PeftConfig
 
 from more_ds import demo
 from more_ds.config import RunConfig
-from more_ds.data import load_examples
+from more_ds.data.encoding import Encoder
+from more_ds.data.rows import load_examples
+from more_ds.data.sampler import BalancedSampler
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
-from more_ds.encoding import Encoder
 from more_ds.errors import UserError, suggest
 from more_ds.methods import adapter_config, check_together
 from more_ds.model import (
@@ -27,7 +28,6 @@ from more_ds.model import (
     read_model_config,
     without_weights,
 )
-from more_ds.sampler import BalancedSampler
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
 

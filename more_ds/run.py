@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from more_ds import checkpoint, log, report
-from more_ds.bootstrap import RESAMPLES
 from more_ds.checkpoint_files import base_identity, name_of, newest_sound
 from more_ds.collective import on_rank_zero
+from more_ds.compare.bootstrap import RESAMPLES
+from more_ds.data.mixture import Mixture
 from more_ds.engine import Ranks, gathered
 from more_ds.errors import NonFiniteError
 from more_ds.evaluate import evaluate
-from more_ds.mixture import Mixture
 from more_ds.plan import Plan
 from more_ds.results import TaskResult, mean_score, write_results
 from more_ds.run_folder import RunFolder, publish, versions

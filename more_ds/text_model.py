@@ -12,8 +12,8 @@ import torch.distributed as dist
 from peft import PeftModel, PolyConfig
 from torch import Tensor, nn
 
-from more_ds.collate import Batch, Collator, positions
-from more_ds.encoding import Encoder
+from more_ds.data.collate import Batch, Collator, positions
+from more_ds.data.encoding import Encoder
 from more_ds.losses import label_nll
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from more_ds.sampler import STRATEGIES, BalancedSampler, StepPlan
+from more_ds.data.sampler import STRATEGIES, BalancedSampler, StepPlan
 
 Make = Callable[..., BalancedSampler]
 

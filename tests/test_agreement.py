@@ -15,9 +15,9 @@ from launch import train
 from more_ds import plan, run_folder
 from more_ds.agreement import check_ranks, fingerprint
 from more_ds.config import build, read_recipe
+from more_ds.data.sampler import BalancedSampler
 from more_ds.engine import Ranks
 from more_ds.errors import UserError
-from more_ds.sampler import BalancedSampler
 
 
 def compare(ranks: Ranks, odd: dict[str, str]) -> str:

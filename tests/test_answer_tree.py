@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from more_ds.answer_tree import additive, beside_prompts, rows, split, tree
+from more_ds.scoring.answer_tree import additive, beside_prompts, rows, split, tree
 
 ANSWERS = ((5, 6, 9), (5, 7, 9), (8, 9), (9,))
 

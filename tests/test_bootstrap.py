@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from more_ds.bootstrap import Sums, paired_test, standard_error
+from more_ds.compare.bootstrap import Sums, paired_test, standard_error
 
 
 def share(predictions: Sequence[int], golds: Sequence[int]) -> float:

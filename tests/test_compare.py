@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from test_results import result
 
+from more_ds.compare.tables import Cell, Table, as_latex, as_markdown, as_text
 from more_ds.metrics import METRICS
 from more_ds.results import TaskResult, write_results
-from more_ds.tables import Cell, Table, as_latex, as_markdown, as_text
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLD = [0, 1] * 50

@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from more_ds import data
-from more_ds.data import load_examples, load_split
+from more_ds.data import rows as data
+from more_ds.data.rows import load_examples, load_split
 from more_ds.errors import UserError
 from more_ds.metrics import evaluate_metrics
 from more_ds.tasks import load_suite, resolve_tasks

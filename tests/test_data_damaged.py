@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from more_ds.data import load_examples, load_split, read_rows
+from more_ds.data.rows import load_examples, load_split, read_rows
 from more_ds.errors import UserError
 from more_ds.tasks.schema import Label, Task
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from more_ds.collate import Collator, positions
-from more_ds.encoding import Encoder
+from more_ds.data.collate import Collator, positions
+from more_ds.data.encoding import Encoder
 from more_ds.errors import UserError
 from more_ds.losses import IGNORED, label_nll
 

@@ -14,11 +14,11 @@ import torch
 from tiny_models import text_model
 from toy_suite import IDS, NAMES, copy_adapter, on_ranks, toy_row, write_toy
 
-from more_ds import answering
 from more_ds.errors import UserError
 from more_ds.evaluate import evaluate
 from more_ds.loading import find_subject, load_text_model
-from more_ds.scoring import rank_options
+from more_ds.scoring import answering
+from more_ds.scoring.likelihood import rank_options
 from more_ds.tasks import Task, load_suite
 from more_ds.tasks.render import render
 
@@ -179,7 +179,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
         return call
 
     for name in ("rank_options", "generate"):
-        monkeypatch.setattr(f"more_ds.answering.{name}", counted(getattr(answering, name)))
+        monkeypatch.setattr(f"more_ds.scoring.answering.{name}", counted(getattr(answering, name)))
     with pytest.raises(KeyboardInterrupt):
         runner.main([*argv, str(run_folder / "parts")])
     first = sum(answered)

@@ -18,9 +18,9 @@ from toy_suite import IDS, NAMES, SUITE, assert_same, on_ranks, toy_examples, to
 
 from more_ds.errors import UserError
 from more_ds.evaluate import evaluate
-from more_ds.generation import generate
 from more_ds.results import mean_score, result_table, write_results
-from more_ds.scoring import rank_options
+from more_ds.scoring.generation import generate
+from more_ds.scoring.likelihood import rank_options
 from more_ds.tasks import Task, load_suite
 from more_ds.tasks.render import answer_value, prompt_hash
 from more_ds.text_model import TextModel
@@ -84,7 +84,7 @@ def test_generation_counts_what_is_no_option(tasks: list[Task], monkeypatch: pyt
             rows.append([*model.encoder.tokenizer(text, add_special_tokens=False).input_ids, 1, 0])
         return rows
 
-    monkeypatch.setattr("more_ds.answering.generate", spoken)
+    monkeypatch.setattr("more_ds.scoring.answering.generate", spoken)
     results = {r.task: r for r in toy_scores(model, tasks, 50, mode="generation")}
     assert {name: r.unparsable for name, r in results.items()} == {"accept": 5, "grade": 5, "choose": 11, "tell": 0}
     found = [1 if r["text"] == "good" else -1 for r in results["accept"].records]
@@ -101,7 +101,7 @@ def test_generation_stops_where_the_longest_answer_would(tasks: list[Task], monk
         limits.update((NAMES[task_id], limit) for task_id in task_ids)
         return generate(model, prompts, task_ids, limit, beams)
 
-    monkeypatch.setattr("more_ds.answering.generate", noted)
+    monkeypatch.setattr("more_ds.scoring.answering.generate", noted)
     toy_scores(model, tasks, 50, mode="generation")
     longest = len("it is something longer!") + 2  # the space in front, and EOS
     assert limits == {("accept", 6), ("grade", 5), ("choose", longest), ("tell", 6)}
@@ -178,7 +178,7 @@ def test_two_and_three_ranks_give_the_numbers_of_one(tasks: list[Task]) -> None:
 
 
 def test_partitioned_ranks_wait_for_the_one_with_most_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("more_ds.scoring.TREE_TOKENS", 8)
+    monkeypatch.setattr("more_ds.scoring.likelihood.TREE_TOKENS", 8)
     model = text_model("llama", NAMES)
     next(model.peft.parameters()).ds_numel = 1  # the mark that ZeRO-3 leaves on a parameter
     options = [[[5, 1], [6, 1]], [[n, 1] for n in range(5, 25)]]

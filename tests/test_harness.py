@@ -21,7 +21,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip in
 from lm_eval.api.instance import Instance
 
 from more_ds.lm_eval_bridge import MoreDsLM
-from more_ds.scoring import rank_options
+from more_ds.scoring.likelihood import rank_options
 
 ROOT = Path(__file__).resolve().parents[1]
 CHOICE = """

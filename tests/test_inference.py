@@ -14,9 +14,9 @@ from toy_suite import NAMES, write_toy
 
 from more_ds.errors import UserError
 from more_ds.export.job import Request, export
-from more_ds.generation import generate
 from more_ds.inference import Inference
 from more_ds.loading import find_subject
+from more_ds.scoring.generation import generate
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["accept: red", "grade: something much longer", "choose: x", "tell: a blue one", "accept: no"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from more_ds.journal import Journal, name_of
+from more_ds.scoring.journal import Journal, name_of
 
 SETTINGS = {"adapter": "a", "beams": 1}
 

@@ -13,11 +13,11 @@ from test_training import DS_CONFIGS, TASKS, assert_same_run, losses, zero_stage
 from tiny_models import base_model, tokenizer
 
 from launch import train
-from more_ds.encoding import Encoder
-from more_ds.generation import generate
+from more_ds.data.encoding import Encoder
 from more_ds.methods import METHODS, adapter_config
 from more_ds.model import attach
-from more_ds.scoring import rank_options
+from more_ds.scoring.generation import generate
+from more_ds.scoring.likelihood import rank_options
 from more_ds.text_model import TextModel
 
 PROMPTS = ["prompt_tuning", "prefix_tuning"]

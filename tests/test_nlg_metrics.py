@@ -13,8 +13,8 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from more_ds.bootstrap import standard_error
-from more_ds.data import load_examples
+from more_ds.compare.bootstrap import standard_error
+from more_ds.data.rows import load_examples
 from more_ds.errors import UserError
 from more_ds.metrics import METRICS, require
 from more_ds.nlg_metrics import TEXT_METRICS, meteor

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from launch import plan
 from more_ds.config import RunConfig
-from more_ds.encoding import Encoder
+from more_ds.data.encoding import Encoder
 from more_ds.losses import label_nll
 from more_ds.methods import adapter_config
 from more_ds.planner.hardware import gpus, shapes, training_rows

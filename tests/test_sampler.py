@@ -28,7 +28,7 @@ from sampler_checks import (
 )
 
 from more_ds import streams
-from more_ds.sampler import SCOPES, BalancedSampler, StepPlan
+from more_ds.data.sampler import SCOPES, BalancedSampler, StepPlan
 
 every_scope = pytest.mark.parametrize("scope", SCOPES)
 every_strategy = pytest.mark.parametrize("strategy", sorted(OPTIONS))

@@ -12,7 +12,7 @@ import pytest
 from sampler_checks import OPTIONS, PLAN, SIZES
 
 from more_ds import streams
-from more_ds.sampler import SCOPES, BalancedSampler, task_probabilities
+from more_ds.data.sampler import SCOPES, BalancedSampler, task_probabilities
 
 every_scope = pytest.mark.parametrize("scope", SCOPES)
 every_strategy = pytest.mark.parametrize("strategy", sorted(OPTIONS))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from sampler_checks import SMALL
 
+from more_ds.data.sampler import BalancedSampler
 from more_ds.errors import UserError
-from more_ds.sampler import BalancedSampler
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 from tiny_models import KINDS, text_model
 from transformers import AutoConfig, AutoTokenizer
 
-from more_ds.encoding import Encoder
-from more_ds.generation import generate
+from more_ds.data.encoding import Encoder
 from more_ds.model import load_base
-from more_ds.scoring import rank_options, takes_trees
+from more_ds.scoring.generation import generate
+from more_ds.scoring.likelihood import rank_options, takes_trees
 from more_ds.text_model import TextModel
 
 TASKS = ["first", "second", "third"]
@@ -102,7 +102,7 @@ def test_all_options_of_a_batch_take_one_pass(kind: str, monkeypatch: pytest.Mon
     prompts, options = encode(model)
     whole, widths = forward_passes(model, prompts, TASK_IDS, options)
     assert len(widths) == 1
-    monkeypatch.setattr("more_ds.scoring.TREE_TOKENS", 14)
+    monkeypatch.setattr("more_ds.scoring.likelihood.TREE_TOKENS", 14)
     parts, widths = forward_passes(model, prompts, TASK_IDS, options)
     assert len(widths) == 3  # "equivalent", "not_equivalent", "e" have 11 to 16 tokens
     torch.testing.assert_close(flat(parts), flat(whole), atol=1e-5, rtol=1e-5)

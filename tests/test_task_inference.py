@@ -13,10 +13,10 @@ from tiny_models import text_model
 from toy_suite import NAMES, toy_examples, toy_scores, write_toy
 
 from eval import run as eval_run
-from more_ds import answering
 from more_ds import evaluate as evaluate_module
 from more_ds.errors import UserError
-from more_ds.task_inference import infer_tasks
+from more_ds.scoring import answering
+from more_ds.scoring.task_inference import infer_tasks
 from more_ds.tasks import load_suite
 from more_ds.text_model import TextModel
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from more_ds.data import load_examples
+from more_ds.data.rows import load_examples
 from more_ds.errors import UserError
 from more_ds.tasks import available, resolve_tasks
 from more_ds.tasks.render import render

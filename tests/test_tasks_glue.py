@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from more_ds.data import load_examples, load_split
+from more_ds.data.rows import load_examples, load_split
 from more_ds.metrics import METRICS, evaluate_metrics
 from more_ds.tasks import resolve_tasks
 from more_ds.tasks.render import answer_value, parse

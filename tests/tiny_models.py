@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from more_ds import MoreConfig
-from more_ds.encoding import Encoder
+from more_ds.data.encoding import Encoder
 from more_ds.text_model import TextModel
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]

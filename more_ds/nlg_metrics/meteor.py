@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from more_ds.bootstrap import Floats
+from more_ds.compare.bootstrap import Floats
 from more_ds.nlg_metrics.text_metric import References, TextMetric, of_texts
 from more_ds.nlg_metrics.tokens import coco, words
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from more_ds.bootstrap import Floats
+from more_ds.compare.bootstrap import Floats
 from more_ds.nlg_metrics.text_metric import References, TextMetric, of_texts
 
 Ngrams = Counter[tuple[str, ...]]

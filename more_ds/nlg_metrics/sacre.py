@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import sacrebleu.metrics as sacre
 
-from more_ds.bootstrap import Floats
+from more_ds.compare.bootstrap import Floats
 from more_ds.nlg_metrics.text_metric import References, TextMetric, of_texts
 from more_ds.nlg_metrics.tokens import words
 

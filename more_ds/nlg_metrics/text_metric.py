@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from more_ds.bootstrap import Floats, Sums
+from more_ds.compare.bootstrap import Floats, Sums
 
 References = Sequence[tuple[str, ...]]
 Statistics = Callable[[Sequence[str], References], Floats]

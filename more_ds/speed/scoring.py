@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from more_ds.answering import Item, prepare
-from more_ds.generation import generate
-from more_ds.scoring import rank_options
+from more_ds.scoring.answering import Item, prepare
+from more_ds.scoring.generation import generate
+from more_ds.scoring.likelihood import rank_options
 from more_ds.speed.rounds import Ratio, compare
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from more_ds.generation import generate
-from more_ds.journal import Journal, name_of
 from more_ds.log import Progress
 from more_ds.results import GENERATION, LIKELIHOOD
-from more_ds.scoring import rank_options
-from more_ds.task_inference import infer_tasks
+from more_ds.scoring.generation import generate
+from more_ds.scoring.journal import Journal, name_of
+from more_ds.scoring.likelihood import rank_options
+from more_ds.scoring.task_inference import infer_tasks
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
 from more_ds.text_model import TextModel

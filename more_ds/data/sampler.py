@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from more_ds.data.shares import STRATEGIES, covering_units, task_probabilities
 from more_ds.errors import UserError, suggest
-from more_ds.shares import STRATEGIES, covering_units, task_probabilities
 from more_ds.streams import IntArray, Passes, TaskSequence
 
 __all__ = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from more_ds.collate import Batch, Collator
-from more_ds.encoding import Encoder
-from more_ds.sampler import BalancedSampler
+from more_ds.data.collate import Batch, Collator
+from more_ds.data.encoding import Encoder
+from more_ds.data.sampler import BalancedSampler
 from more_ds.tasks.render import Example
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
+from more_ds.compare.published import Published
+from more_ds.compare.tables import Cell, Table
 from more_ds.errors import UserError
 from more_ds.metrics import METRICS
-from more_ds.published import Published
 from more_ds.results import LIKELIHOOD, TaskResult, read_results
-from more_ds.tables import Cell, Table
 
 T = TypeVar("T")
 

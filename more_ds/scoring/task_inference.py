@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from more_ds.collate import positions
+from more_ds.data.collate import positions
 from more_ds.errors import UserError
 from more_ds.text_model import TextModel
 from more_ds.tuners import MoreConfig

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from more_ds.bootstrap import LEVEL, Paired, TaskPair, paired_mean_test, paired_test
-from more_ds.comparison import Row, System, commonest
+from more_ds.compare.bootstrap import LEVEL, Paired, TaskPair, paired_mean_test, paired_test
+from more_ds.compare.comparison import Row, System, commonest
+from more_ds.compare.tables import Cell, Table
 from more_ds.errors import UserError
 from more_ds.metrics import METRICS
 from more_ds.results import read_predictions
-from more_ds.tables import Cell, Table
 
 
 def paired_tables(systems: Sequence[System], *, all_metrics: bool = False, resamples: int = 1000) -> list[Table]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from more_ds.bootstrap import Floats, Sums
+from more_ds.compare.bootstrap import Floats, Sums
 
 
 def _hits(predictions: Sequence[Any], golds: Sequence[Any]) -> Floats:

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
-from more_ds import answer_tree
-from more_ds.answer_tree import Tree
-from more_ds.collate import Batch, positions
+from more_ds.data.collate import Batch, positions
 from more_ds.losses import label_nll
 from more_ds.numerics import at_least_float32
+from more_ds.scoring import answer_tree
+from more_ds.scoring.answer_tree import Tree
 from more_ds.text_model import TextModel
 
 ROWS_PER_PROMPT = 4
@@ -41,10 +41,11 @@ def rank_options(
 ) -> list[list[float]]:
     """The log-likelihood of every option of every example, exact.
 
-    The options of an example stand as a tree beside its prompt (`more_ds.answer_tree`): one forward pass computes the
-    prompt once and every shared token once. Where a model cannot be told who sees whom (a gate on the pooled input,
-    prompt tuning, recurrent layers, a sliding window shorter than the text, decoders with absolute positions), every
-    option runs with its prompt. Every rank of a ZeRO-3 group takes the same number of forward passes; each must call.
+    The options of an example stand as a tree beside its prompt (`more_ds.scoring.answer_tree`): one forward pass
+    computes the prompt once and every shared token once. Where a model cannot be told who sees whom (a gate on the
+    pooled input, prompt tuning, recurrent layers, a sliding window shorter than the text, decoders with absolute
+    positions), every option runs with its prompt. Every rank of a ZeRO-3 group takes the same number of forward passes;
+    each must call.
 
     Args:
         text_model: the model.

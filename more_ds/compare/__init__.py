@@ -1,0 +1,1 @@
+"""Result files side by side: bootstrap, pairs, published numbers, tables."""

@@ -1,0 +1,1 @@
+"""From rows of a task to micro-batches: reading, encoding, sampling, collating."""
