@@ -16,3 +16,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
     """A region of exact types on the device of `like`; the meta device, which computes nothing, has no autocast."""
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
+def autocasts(like: Tensor) -> bool:
+    """Whether autocast is on for the device of `like`."""
+    return not like.is_meta and torch.is_autocast_enabled(like.device.type)

@@ -106,11 +106,12 @@ MODELS = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager", "fused"])
 @pytest.mark.parametrize(("kind", "switches"), MODELS)
-def test_model_equals_the_equations(kind: str, switches: dict[str, object]) -> None:
+def test_model_equals_the_equations(kind: str, switches: dict[str, object], backend: str) -> None:
     base = tiny(kind).double()
     literal_model = copy.deepcopy(base)
-    model = adapted(kind, base, temperature=0.5, **switches).train()
+    model = adapted(kind, base, temperature=0.5, backend=backend, **switches).train()
     batch = prompts(kind)
     embedded = base.get_input_embeddings()(batch.pop("input_ids")).detach()
     embeddings = [embedded.clone().requires_grad_() for _ in range(2)]

@@ -126,7 +126,7 @@ def test_gate_is_float32_in_half_precision() -> None:
         loss.backward()
         assert torch.isfinite(loss)
         layers = [m for m in model.modules() if isinstance(m, MoreLinear)]
-        assert all(layer.more_ranks["default"].tolist() == [2, 2, 2] for layer in layers)
+        assert all(layer.ranks("default").tolist() == [2, 2, 2] for layer in layers)
         assert {g.dtype for g in adapter_gradients(model).values()} == {torch.float32}
 
 

@@ -27,12 +27,15 @@ class TaskContext:
         self.default_task: int | None = None
         self.merged_task: int | None = None
         self._masks: dict[str, Tensor | None] = {}
-        self._pool_weights: dict[tuple[str, str], Tensor] = {}
+        self._pool_weights: dict[tuple[str, str, int, torch.dtype], Tensor] = {}
         self._records: dict[str, dict[str, tuple[Tensor, ...]]] = {}
         self._last_pool: tuple[Tensor, str, str, Tensor] | None = None
+        self._last_drop: tuple[Tensor, float, Tensor] | None = None
         self._held: dict[tuple[str, str], Tensor] = {}
         self._projections: dict[tuple[int, int, int, torch.device], Tensor] = {}
-        self._recording = False
+        self.is_recording = False
+        self.step: Any = None
+        self.banks: dict[str, Any] = {}
         self.losses: dict[str, Tensor] = {}
         self.shared: dict[str, Any] = {}
         self.decoding = False
@@ -58,11 +61,12 @@ class TaskContext:
         self._masks = {SOURCE: source, TARGET: target}
         self._pool_weights.clear()
         self._records.clear()
-        self._last_pool = None
+        self._last_pool = self._last_drop = None
         self._held.clear()
         self.losses.clear()
         self.shared.clear()
-        self._recording = True
+        self.step = None
+        self.is_recording = True
         self.decoding = decoding
 
     def rows(self, num_tasks: int, device: torch.device) -> Tensor:
@@ -88,20 +92,34 @@ class TaskContext:
         the other (queries, keys and values) share the result.
         """
         last = self._last_pool
-        if last is None or last[0] is not x or last[1:3] != (role, how):
+        if last is None or not same_tensor(last[0], x) or last[1:3] != (role, how):
             last = self._last_pool = (x, role, how, self._pool(x, role, how))
         return last[3]
 
     def _pool(self, x: Tensor, role: str, how: str) -> Tensor:
+        if x.dim() != 3:
+            return x  # each row stands for itself
+        return torch.bmm(self.pool_weights(x, role, how).unsqueeze(1), x).squeeze(1)
+
+    def pool_weights(self, x: Tensor, role: str, how: str) -> Tensor:
+        """(batch, length) weights of the pooling of x, (batch, length, width), in its type; see `pool`."""
         mask = self._masks.get(role)
-        if x.dim() != 3 or mask is None or mask.shape[1] != x.shape[1]:
-            rows = x if x.dim() == 3 else x.unsqueeze(1)
-            return {"mean": rows.mean(1), "first": rows[:, 0], "last": rows[:, -1]}[how]
-        key = (role, how)
+        key = (role, how, x.shape[1], x.dtype)
         if key not in self._pool_weights:
-            self._pool_weights[key] = _pool_weights(at_least_float32(mask.to(x.dtype)), how)
-        weights = self._pool_weights[key].to(dtype=x.dtype, device=x.device)
-        return torch.bmm(repeat_rows(weights, len(x)).unsqueeze(1), x).squeeze(1)
+            if mask is None or mask.shape[1] != x.shape[1]:
+                mask = torch.ones(1, x.shape[1], device=x.device)
+            weights = _pool_weights(at_least_float32(mask.to(x.dtype)), how)
+            self._pool_weights[key] = weights.to(dtype=x.dtype, device=x.device)
+        return repeat_rows(self._pool_weights[key], len(x))
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """Dropout with probability p; maps that read the same tensor one after the other share one mask."""
+        if p == 0:
+            return x
+        last = self._last_drop
+        if last is None or not same_tensor(last[0], x) or last[1] != p:
+            last = self._last_drop = (x, p, torch.nn.functional.dropout(x, p))
+        return last[2]
 
     def real_tokens(self, role: str, shape: Sequence[int], device: torch.device) -> Tensor:
         """1 where a token counts, in a shape that values of (batch, length, ...) `shape` can be multiplied with."""
@@ -121,12 +139,12 @@ class TaskContext:
 
     def record(self, layer: str, adapter: str, *values: Tensor) -> None:
         """Note what a layer's auxiliary loss is made of; the recomputation of a checkpointed layer is not noted."""
-        if self._recording:
+        if self.is_recording:
             self._records.setdefault(adapter, {})[layer] = values
 
     def collect(self) -> dict[str, list[tuple[Tensor, ...]]]:
         """End the forward pass: what the layers have noted, by adapter."""
-        self._recording = False
+        self.is_recording = False
         records = {name: list(layers.values()) for name, layers in self._records.items()}
         self._records.clear()
         return records
@@ -143,9 +161,18 @@ class TaskContext:
         return z @ self._projections[key].to(z.dtype)
 
 
+def same_tensor(a: Tensor | None, b: Tensor) -> bool:
+    """Whether two tensors are one: ZeRO-3 gives every module an alias of its own of what it reads."""
+    if a is b or a is None or a.is_meta or b.is_meta or a.dtype != b.dtype or torch.compiler.is_compiling():
+        return a is b
+    return a.is_set_to(b)
+
+
 def repeat_rows(rows: Tensor, count: int) -> Tensor:
     """Rows of examples for `count` rows of a layer: beams and flattened tokens repeat their example's row."""
-    return rows.expand(count, *rows.shape[1:]) if len(rows) == 1 else rows.repeat_interleave(count // len(rows), dim=0)
+    if rows.shape[0] in (1, count):
+        return rows.expand(count, *rows.shape[1:])
+    return rows.repeat_interleave(count // rows.shape[0], dim=0)
 
 
 def _pool_weights(real: Tensor, how: str) -> Tensor:

@@ -137,10 +137,9 @@ class RoutedModel(BaseTuner):
     def _check_tasks(self, task_ids: Tensor) -> None:
         """Refuse tasks that an active adapter does not know; on a GPU indexing does, without a synchronisation."""
         num_tasks = min(_num_tasks(self.peft_config[name]) for name in self.active_adapters)
-        if task_ids.device.type == "cpu" and bool(((task_ids < 0) | (task_ids >= num_tasks)).any()):
-            raise ValueError(
-                f"task_ids holds {task_ids.unique().tolist()}; the adapter knows tasks 0 to {num_tasks - 1}"
-            )
+        told = set(task_ids.tolist()) if task_ids.device.type == "cpu" else set()
+        if not told <= set(range(num_tasks)):
+            raise ValueError(f"task_ids holds {sorted(told)}; the adapter knows tasks 0 to {num_tasks - 1}")
 
     def _begin(
         self, task_ids: Tensor | None, prompt_mask: Tensor | None, inputs: dict[str, Any], decoding: bool = False

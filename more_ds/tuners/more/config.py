@@ -16,6 +16,7 @@ CHOICES = {
     "gate_input": ("task", "pooled"),
     "pooling": ("mean", "first", "last"),
     "contrastive_maps": ("all", "encoder"),
+    "backend": ("auto", "reference", "eager", "fused"),
 }
 
 
@@ -90,6 +91,15 @@ class MoreConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "True: B starts at zero, the adapted model equals the base."}
     )
+    backend: Literal["auto", "reference", "eager", "fused"] = field(
+        default="auto",
+        metadata={
+            "help": "How it is computed; the mathematics and the parameters are the same, and it is not saved. "
+            "`reference`: map by map, to the letter. `eager`: the gates of all maps in one step. `fused`: that, and "
+            "maps of one input in one function with a hand-written gradient. `auto`: `fused`, or `eager` if compiled. "
+            "Where parameters are spread over ranks, and for gates other than the paper's, `reference` serves."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Of the random subsets and the random projection."})
 
     def __post_init__(self) -> None:
@@ -126,5 +136,6 @@ class MoreConfig(PeftConfig):
         return [first] + [1] * (self.num_tasks - first)
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, with sets in order: the same settings are written as the same bytes."""
-        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+        """As PEFT's, with sets in order, so that the same settings are the same bytes, and without the back-end."""
+        kept = {name: v for name, v in super().to_dict().items() if name != "backend"}
+        return {name: sorted(v) if isinstance(v, set) else v for name, v in kept.items()}

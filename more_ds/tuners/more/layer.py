@@ -26,7 +26,7 @@ class MoreLinear(nn.Module, MergesByTask):
     """
 
     adapter_layer_names = ("more_A", "more_B", "more_gate", "more_task")
-    other_param_names = ("more_ranks", "more_dropout", "configs", "stale", "alone")
+    other_param_names = ("more_ranks", "configs", "stale", "alone")
     in_features: int
     out_features: int
 
@@ -52,7 +52,6 @@ class MoreLinear(nn.Module, MergesByTask):
         self.more_B: Any = nn.ModuleDict()
         self.more_gate: Any = nn.ModuleDict()
         self.more_task: Any = nn.ModuleDict()
-        self.more_dropout: Any = nn.ModuleDict()
         self.more_ranks: Any = BufferDict({}, persistent=True)
         self.merged_adapters: list[str] = []
         self._memory: list[Any] = []
@@ -69,7 +68,6 @@ class MoreLinear(nn.Module, MergesByTask):
         if config.gate != "table":
             self.more_gate[adapter_name] = Gate(width, config.r)
             self.more_task[adapter_name] = TaskTable(config.table_sizes, width)
-        self.more_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.more_ranks[adapter_name] = torch.ones(config.num_tasks, dtype=torch.long)
         self.stale[adapter_name] = config.gate != "table"
         self.alone[adapter_name] = None
@@ -101,6 +99,9 @@ class MoreLinear(nn.Module, MergesByTask):
         """(batch, ..., in) to (batch, ..., out): the base map plus the active adapters' updates."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        step = self.context.step
+        if step is not None and not args and not kwargs:
+            return step.run(self, x)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
@@ -123,8 +124,13 @@ class MoreLinear(nn.Module, MergesByTask):
             self.context.record(self.key, name, self._pooled(name, x, config.pooling), embeddings)
         weights = repeat_rows(weights, x.shape[0])
         weights = weights.view(weights.shape[0], *[1] * (x.dim() - 2), -1)
-        hidden = self.more_A[name](self.more_dropout[name](x))
+        hidden = self.more_A[name](self.context.drop(x, config.lora_dropout) if self.training else x)
         return self.more_B[name](hidden * weights.to(hidden.dtype))
+
+    def parts(self, name: str) -> list[nn.Module]:
+        """The modules that hold an adapter's parameters in this map."""
+        found: list[nn.Module] = [getattr(self, c)[name] for c in self.adapter_layer_names if name in getattr(self, c)]
+        return found
 
     def _weights_of_tasks(self, name: str, embeddings: Tensor | None, like: Tensor) -> Tensor:
         """v times alpha / r for every task, (tasks, r) float32; notes the ranks while training.

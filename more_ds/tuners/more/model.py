@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from more_ds.errors import suggest
 from more_ds.losses import contrastive_loss
 from more_ds.tuners.context import SOURCE, TARGET, repeat_rows
+from more_ds.tuners.more.bank import Bank, Step
 from more_ds.tuners.more.config import MoreConfig
 from more_ds.tuners.more.layer import MoreLinear
 from more_ds.tuners.routed import RoutedModel
@@ -53,7 +54,41 @@ class MoreModel(RoutedModel):
         layer = MoreLinear(target, self.context, _role(current_key, self._is_encoder_decoder()), current_key)
         self._put(layer, adapter_name, peft_config, parent, target_name, target)
 
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an adapter, as in PEFT."""
+        result = super().inject_adapter(*args, **kwargs)
+        self.context.banks.clear()
+        return result
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, as in PEFT."""
+        super().delete_adapter(adapter_name)
+        self.context.banks.clear()
+
+    def _begin(self, *args: Any, **kwargs: Any) -> None:
+        super()._begin(*args, **kwargs)
+        self.context.step = self._step()
+
+    def _step(self) -> Step | None:
+        """What all maps run with in this pass; None where each works alone."""
+        names = [name for name in self.active_adapters if name in self.peft_config]
+        if len(names) != 1 or self.peft_config[names[0]].backend == "reference":
+            return None
+        name, config = names[0], self.peft_config[names[0]]
+        if name not in self.context.banks:
+            self.context.banks[name] = Bank(self._layers(name), name, self.context)
+        bank: Bank = self.context.banks[name]
+        first = bank.layers[0]
+        if first.disable_adapters or first.merged or not bank.serves(first.training):
+            return None
+        rows = self.context.rows(config.num_tasks, first.more_A[name].weight.device)
+        fused = config.backend == "fused" or (config.backend == "auto" and not torch.compiler.is_compiling())
+        return bank.begin(rows, first.training, fused)
+
     def _auxiliary(self) -> Tensor | None:
+        if self.context.step is not None:
+            self.context.is_recording = False
+            return self.context.step.contrastive_loss()
         weighted = [self._contrast(self.peft_config[name], maps) for name, maps in self.context.collect().items()]
         return torch.stack(weighted).sum() if weighted else None
 

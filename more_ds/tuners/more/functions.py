@@ -1,0 +1,196 @@
+"""MoRE's operations with hand-written backward passes: many maps in one kernel, nothing kept that is not needed.
+
+Each is the mathematics of `layer.py` and `more_ds.losses`, with the shapes fixed by the batch alone and no question to
+the device in between. The gradients with respect to every differentiable input are exact; second derivatives are not
+offered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Choose(torch.autograd.Function):
+    """The straight-through gate of many maps: which expert each task uses, and what it multiplies the components by.
+
+    With p = softmax(W e + b) and k = argmax p, the value is `table[k]`, and the gradient is that of `p[k] * table[k]`
+    at p[k] = 1 (equations 3 to 5).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, embeddings: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+        """Choose for a batch.
+
+        Args:
+            ctx: autograd's.
+            weight: (maps, r, h) of the gates.
+            bias: (maps, r).
+            embeddings: (maps, tasks, h).
+            rows: (batch,) the task of every example.
+            table: (r, r) what expert k + 1 multiplies the components by.
+
+        Returns:
+            (batch, maps * r).
+        """
+        by_row = embeddings.shape[1] > len(rows)  # whichever are fewer: the tasks, or the examples
+        asked = embeddings.index_select(1, rows) if by_row else embeddings
+        p = torch.softmax(torch.baddbmm(bias.unsqueeze(1), asked, weight.mT), dim=-1)
+        chosen = p.argmax(-1)
+        values = table[chosen]
+        ctx.by_row, ctx.tasks = by_row, embeddings.shape[1]
+        ctx.save_for_backward(weight, asked, rows, p, chosen, values)
+        maps, _, r = p.shape
+        drawn = values if by_row else values.index_select(1, rows)
+        return drawn.transpose(0, 1).reshape(len(rows), maps * r)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """From (batch, maps * r) to the gates and the embeddings."""
+        weight, asked, rows, p, chosen, values = ctx.saved_tensors
+        maps, _, r = p.shape
+        grad = grads[0].view(len(rows), maps, r).transpose(0, 1)
+        if not ctx.by_row:
+            grad = torch.zeros_like(values).index_add_(1, rows, grad)
+        index = chosen.unsqueeze(-1)
+        scale = (grad * values).sum(-1, keepdim=True) * p.gather(-1, index)
+        logits = torch.mul(p, -scale).scatter_add_(-1, index, scale)
+        to_asked = torch.bmm(logits, weight)
+        if ctx.by_row:
+            whole = to_asked.new_zeros(maps, ctx.tasks, to_asked.shape[-1])
+            to_asked = whole.index_add_(1, rows, to_asked)
+        return torch.bmm(logits.mT, asked), logits.sum(1), to_asked, None, None
+
+
+class Contrast(torch.autograd.Function):
+    """The contrastive loss of many maps at once; see `more_ds.losses.contrastive_loss`."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, owners: Tensor, embeddings: Tensor, rows: Tensor, temperature: float) -> Tensor:
+        """Compute the mean over the maps and the batch, in nats.
+
+        Args:
+            ctx: autograd's.
+            z: (inputs, batch, h) pooled inputs, float32.
+            owners: (maps,) which of the inputs each map reads.
+            embeddings: (maps, tasks, h), float32.
+            rows: (batch,) the examples' own tasks.
+            temperature: divides the cosine.
+        """
+        z_length = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_(min=1e-12)
+        e_length = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True).clamp_(min=1e-12)
+        unit_z, unit_e = z / z_length, embeddings / e_length
+        cosine = torch.bmm(unit_z.index_select(0, owners), unit_e.mT)
+        log_p = torch.log_softmax(cosine.div_(temperature), dim=-1)
+        index = rows.view(1, -1, 1).expand(*log_p.shape[:-1], 1)
+        ctx.save_for_backward(unit_z, unit_e, z_length, e_length, log_p, index, owners)
+        ctx.temperature = temperature
+        return -log_p.gather(-1, index).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """From the scalar to the pooled inputs and the embeddings."""
+        unit_z, unit_e, z_length, e_length, log_p, index, owners = ctx.saved_tensors
+        share = grads[0] / (ctx.temperature * index.numel())
+        cosine = log_p.exp().mul_(share).scatter_add_(-1, index, (-share).expand(index.shape))
+        to_z = torch.zeros_like(unit_z).index_add_(0, owners, torch.bmm(cosine, unit_e))
+        to_e = torch.bmm(cosine.mT, unit_z.index_select(0, owners))
+        return _through_length(to_z, unit_z, z_length), None, _through_length(to_e, unit_e, e_length), None, None
+
+
+class SharedInput(torch.autograd.Function):
+    """Frozen linear maps which read one tensor, each with its update, and the pooled tensor beside them.
+
+    h_i = W_i x + b_i + B_i ((A_i x) * v_i): one product with all A's, the update added in place to the base's output,
+    one gradient of x for all maps. Kept for the backward pass are x and A x, with the tokens in its rows' direction:
+    products of thin matrices are up to six times faster on a CPU when the long side lies in memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        a: Tensor,
+        v: Tensor,
+        pooling: Tensor | None,
+        maps: int,
+        *parameters: Any,
+    ) -> tuple[Tensor, ...]:
+        """Run the maps.
+
+        Args:
+            ctx: autograd's.
+            x: (batch, ..., in).
+            dropped: x after dropout, which the A's read; None: x.
+            a: (maps * r, in) the A's, one below the other.
+            v: (batch or 1, maps * r) what each example multiplies A x by, in the type of x.
+            pooling: (batch, length) weights to pool x with, or None.
+            maps: their number.
+            parameters: the W's (out, in), the biases (out,) or None, and the B's (out, r).
+
+        Returns:
+            (batch, ..., out) of every map; with `pooling`, then the pooled x, (batch, in).
+        """
+        weights, biases, bs = parameters[:maps], parameters[maps : 2 * maps], parameters[2 * maps :]
+        flat = x.reshape(-1, x.shape[-1])
+        read = flat if dropped is None else dropped.reshape(flat.shape)
+        z = a @ read.T
+        scaled = (z.view(a.shape[0], v.shape[0], -1) * v.T.unsqueeze(2)).view(z.shape)
+        outputs = []
+        for weight, bias, b, part in zip(weights, biases, bs, scaled.chunk(maps), strict=True):
+            y = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
+            outputs.append(y.addmm_(part.T, b.T).view(*x.shape[:-1], -1))
+        ctx.maps, ctx.shape, ctx.drops, ctx.pools = maps, x.shape, dropped is not None, pooling is not None
+        ctx.save_for_backward(read, a, v, z, pooling, *weights, *bs)
+        ctx.set_materialize_grads(False)
+        if pooling is not None:
+            outputs.append(torch.bmm(pooling.unsqueeze(1), x).squeeze(1))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """From the outputs (None: one that nobody read) to x, the A's, v and the B's."""
+        read, a, v, z, pooling, *parameters = ctx.saved_tensors
+        weights, bs = parameters[: ctx.maps], parameters[ctx.maps :]
+        from_outputs = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads[: ctx.maps]]
+        by_example = (a.shape[0], v.shape[0], -1)
+        factors = v.T.unsqueeze(2)
+        scaled = (z.view(by_example) * factors).view(z.shape)
+        to_scaled = torch.empty_like(z)
+        to_bs: list[Tensor | None] = []
+        for g, b, part, out in zip(from_outputs, bs, scaled.chunk(ctx.maps), to_scaled.chunk(ctx.maps), strict=True):
+            if g is None:
+                out.zero_()
+            else:
+                torch.mm(b.T, g.T, out=out)
+            to_bs.append(None if g is None else (part @ g).T)
+        to_v = (to_scaled * z).view(by_example).sum(2).T
+        to_z = to_scaled.view(by_example).mul_(factors).view(z.shape)
+        to_a = to_z @ read
+        to_x = to_dropped = None
+        if ctx.needs_input_grad[0]:
+            if not ctx.drops:
+                to_x = to_z.T @ a
+            for g, weight in zip(from_outputs, weights, strict=True):
+                if g is not None:
+                    to_x = g @ weight if to_x is None else to_x.addmm_(g, weight)
+            to_x = None if to_x is None else to_x.view(ctx.shape)
+            from_pooled = grads[ctx.maps] if ctx.pools else None
+            if from_pooled is not None:
+                to_x = torch.zeros_like(read).view(ctx.shape) if to_x is None else to_x
+                to_x.baddbmm_(pooling.unsqueeze(2), from_pooled.unsqueeze(1))
+        if ctx.drops and ctx.needs_input_grad[1]:
+            to_dropped = (to_z.T @ a).view(ctx.shape)
+        return to_x, to_dropped, to_a, to_v, None, None, *[None] * (2 * ctx.maps), *to_bs
+
+
+def _through_length(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
+    """The gradient of a vector from that of the vector over its length."""
+    return (grad - unit * (grad * unit).sum(-1, keepdim=True)).div_(length)

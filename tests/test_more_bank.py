@@ -1,0 +1,208 @@
+"""All maps together: the functions against their definitions, the back-ends against each other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import adapted, prompts, scramble, tiny
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from more_ds import MoreConfig
+from more_ds.losses import contrastive_loss
+from more_ds.tuners.more import MoreLinear, expert_table
+from more_ds.tuners.more.functions import Choose, Contrast, SharedInput
+from more_ds.tuners.more.groups import grouped
+
+BACKENDS = ("reference", "eager", "fused")
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+
+def gradients(output: Tensor, probe: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad((output * probe).sum(), leaves)
+
+
+@pytest.mark.parametrize("rows", [[1, 1, 0], [2, 0], [0, 1, 2, 2, 1]])
+def test_choice_is_the_straight_through_gate(rows: list[int]) -> None:
+    """With fewer examples than tasks, as many, and more: three ways through the function."""
+    weight, bias, embeddings, told = leaf(4, 3, 6), leaf(4, 3), leaf(4, 3, 6), torch.tensor(rows)
+    table = expert_table(3, 2, "rank", "prefix", 0)
+    p = torch.softmax(embeddings @ weight.mT + bias.unsqueeze(1), -1)
+    k = p.argmax(-1, keepdim=True)
+    s = 1 + p.gather(-1, k) - p.gather(-1, k).detach()
+    expected = (s * table[k.squeeze(-1)])[:, told].transpose(0, 1).reshape(len(rows), -1)
+    found = Choose.apply(weight, bias, embeddings, told, table)
+    torch.testing.assert_close(found, expected, rtol=1e-15, atol=1e-15)
+    probe = torch.randn_like(found)
+    for ours, theirs in zip(
+        gradients(found, probe, weight, bias, embeddings), gradients(expected, probe, weight, bias, embeddings),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        assert theirs.abs().max() > 0
+
+
+def test_contrast_is_the_mean_over_the_maps() -> None:
+    z, embeddings, rows = leaf(2, 4, 5), leaf(3, 6, 5), torch.tensor([5, 0, 2, 2])
+    owners = torch.tensor([1, 0, 1])
+    found = Contrast.apply(z, owners, embeddings, rows, 0.3)
+    expected = contrastive_loss(z[owners], embeddings, rows, 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    pairs = zip(torch.autograd.grad(found, (z, embeddings)), torch.autograd.grad(expected, (z, embeddings)), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("own_rows", [True, False])
+@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize("pools", [True, False])
+def test_maps_of_one_input(own_rows: bool, drops: bool, pools: bool) -> None:
+    x, a, v, bs = leaf(2, 3, 4), leaf(4, 4), leaf(2 if own_rows else 1, 4), [leaf(5, 2), leaf(3, 2)]
+    bases = [torch.randn(5, 4).double(), torch.randn(3, 4).double(), torch.randn(5).double(), None]
+    pooling = torch.rand(2, 3).double() if pools else None
+    dropped = [leaf(2, 3, 4)] if drops else []
+
+    def run(x: Tensor, a: Tensor, v: Tensor, *rest: Tensor) -> Any:
+        return SharedInput.apply(x, rest[2] if drops else None, a, v, pooling, 2, *bases, *rest[:2])
+
+    read = dropped[0] if drops else x
+    scaled = (read @ a.T) * v.unsqueeze(1)
+    outputs = run(x, a, v, *bs, *dropped)
+    torch.testing.assert_close(outputs[0], x @ bases[0].T + bases[2] + scaled[..., :2] @ bs[0].T)
+    torch.testing.assert_close(outputs[1], x @ bases[1].T + scaled[..., 2:] @ bs[1].T)
+    if pools:
+        torch.testing.assert_close(outputs[2], torch.einsum("bs,bsd->bd", pooling, x))
+    assert torch.autograd.gradcheck(run, (x, a, v, *bs, *dropped))
+    # A map that nobody reads leaves the others' gradients alone.
+    alone = torch.autograd.grad(run(x, a, v, *bs, *dropped)[1].sum(), (a, bs[1]), allow_unused=True)
+    torch.testing.assert_close(alone[0][:2], torch.zeros(2, 4).double())
+    assert alone[1].abs().max() > 0
+
+
+def trained(kind: str, backend: str, base: nn.Module, **switches: Any) -> tuple[Any, dict[str, Tensor]]:
+    model = adapted(kind, copy.deepcopy(base), backend=backend, temperature=0.5, **switches).train()
+    torch.manual_seed(3)  # of the dropout
+    outputs = model(**prompts(kind))
+    outputs.loss.backward()
+    return outputs, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(torch.float64, {"rtol": 1e-9, "atol": 1e-12}), (torch.bfloat16, {"rtol": 0.1, "atol": 0.1})]
+)
+def test_back_ends_agree(kind: str, dtype: torch.dtype, close: dict[str, float]) -> None:
+    """Dropout too: maps that read one tensor share a mask in all of them. (T5's own is another matter: none.)"""
+    base = tiny(kind).to(dtype)
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    outputs, wanted = trained(kind, "reference", base, lora_dropout=0.2)
+    for backend in BACKENDS[1:]:
+        found, grads = trained(kind, backend, base, lora_dropout=0.2)
+        torch.testing.assert_close(found.logits, outputs.logits, **close)
+        torch.testing.assert_close(found.loss, outputs.loss, **close)
+        assert grads.keys() == wanted.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, wanted[name], **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Attention(nn.Module):
+    """Keys that read something else than their name promises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_proj(x)
+        return q * self.k_proj(torch.tanh(x)) + self.v_proj(x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_names_that_promise_too_much(backend: str) -> None:
+    results = []
+    for own in ("reference", backend):
+        torch.manual_seed(0)
+        base = nn.Sequential(Attention(), Attention()).double()
+        config = MoreConfig(r=4, num_tasks=3, target_modules=["q_proj", "k_proj", "v_proj"], backend=own)
+        model = get_peft_model(base, config).train()
+        scramble(model)
+        x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).double()
+        y = model(x, task_ids=torch.tensor([2, 1]))
+        (y.square().sum() + model.auxiliary_loss).backward()
+        results.append((y, model.auxiliary_loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("llama", [3, 1, 2, 1] * 2), ("gpt2", [1] * 8), ("t5", [3, 1, 1, 1] * 2 + [3, 1, 1, 2, 1, 1, 1] * 2)],
+)
+def test_groups(kind: str, sizes: list[int]) -> None:
+    layers = [m for m in adapted(kind).modules() if isinstance(m, MoreLinear)]
+    assert [len(group) for group in grouped(layers)] == sizes
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what is sent to the device, and how often the device is asked for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = self.asked = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        alias = func._schema.returns[0].alias_info if func._schema.returns else None
+        self.sent += alias is None or alias.is_write
+        self.asked += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def counted(run: Callable[[], object]) -> Kernels:
+    run()
+    with Kernels() as kernels:
+        run()
+    return kernels
+
+
+def test_more_adds_a_constant_number_of_kernels_and_no_question() -> None:
+    def step(model: Any, batch: dict[str, Tensor]) -> Callable[[], object]:
+        return lambda: model(**batch).loss.backward()
+
+    added = []
+    for layers in (2, 6):
+        base = tiny("llama", num_hidden_layers=layers)
+        batch = prompts()
+        with_more = counted(step(adapted("llama", copy.deepcopy(base)).train(), batch))
+        plain = adapted("llama", copy.deepcopy(base), gate="table", contrastive_weight=0.0).train()
+        without = counted(step(plain, batch))
+        assert with_more.asked == without.asked
+        added.append(with_more.sent - without.sent)
+    assert added[0] < 150
+    # Four tensors a block are pooled, forward and back, and the parameters' gradients are put in place.
+    assert added[1] - added[0] <= 4 * 2 * 4, "what MoRE adds grows with the depth"
+
+
+def test_compiles_to_one_graph() -> None:
+    torch._dynamo.reset()
+    model = adapted("llama").train()
+    batch = prompts()
+    expected = model(**batch).loss
+    explained = torch._dynamo.explain(lambda: model(**batch).loss)()
+    assert explained.graph_break_count == 0, [str(reason) for reason in explained.break_reasons]
+    compiled = torch.compile(lambda: model(**batch).loss, backend="aot_eager")
+    torch.testing.assert_close(compiled(), expected)
+
+
+def test_the_back_end_is_not_saved() -> None:
+    assert "backend" not in MoreConfig(backend="eager").to_dict()
+    with pytest.raises(ValueError, match="backend"):
+        MoreConfig(backend="fast")
