@@ -136,19 +136,26 @@ def oracle_of(model: PeftModel, base: nn.Module, batch: Batch) -> dict[str, Orac
     return maps
 
 
-def tiny(kind: str) -> nn.Module:
-    """A random two-layer model in float32: `llama`, `gpt2` (Conv1D maps) or `t5`."""
+def tiny(kind: str, layers: int = 2) -> nn.Module:
+    """A random model in float32: `llama`, `gpt2` (Conv1D maps) or `t5`."""
     torch.manual_seed(1)
     common = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     spread = {"initializer_range": 0.3}
     if kind == "llama":
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "num_attention_heads": 2}
         return LlamaForCausalLM(LlamaConfig(**common, **sizes, **spread, max_position_embeddings=64)).eval()
     if kind == "gpt2":
-        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        sizes = {"n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 64}
         dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return GPT2LMHeadModel(GPT2Config(**common, **sizes, **spread, **dropouts)).eval()
-    sizes = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    sizes = {
+        "d_model": 16,
+        "d_ff": 24,
+        "d_kv": 8,
+        "num_layers": layers,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
     start = {"decoder_start_token_id": 0, "dropout_rate": 0.0}
     return T5ForConditionalGeneration(T5Config(**common, **sizes, **start)).eval()
 

@@ -56,9 +56,9 @@ def test_contrast_is_the_mean_over_the_maps() -> None:
     found = Contrast.apply(z, owners, embeddings, rows, 0.3)
     expected = contrastive_loss(z[owners], embeddings, rows, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
-    pairs = zip(torch.autograd.grad(found, (z, embeddings)), torch.autograd.grad(expected, (z, embeddings)), strict=True)
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+    ours, theirs = (torch.autograd.grad(loss, (z, embeddings)) for loss in (found, expected))
+    for i in range(2):
+        torch.testing.assert_close(ours[i], theirs[i], rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("own_rows", [True, False])
@@ -100,11 +100,8 @@ def trained(kind: str, backend: str, base: nn.Module, **switches: Any) -> tuple[
     ("dtype", "close"), [(torch.float64, {"rtol": 1e-9, "atol": 1e-12}), (torch.bfloat16, {"rtol": 0.1, "atol": 0.1})]
 )
 def test_back_ends_agree(kind: str, dtype: torch.dtype, close: dict[str, float]) -> None:
-    """Dropout too: maps that read one tensor share a mask in all of them. (T5's own is another matter: none.)"""
+    """Dropout too: maps that read one tensor share a mask in all of them."""
     base = tiny(kind).to(dtype)
-    for module in base.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     outputs, wanted = trained(kind, "reference", base, lora_dropout=0.2)
     for backend in BACKENDS[1:]:
         found, grads = trained(kind, backend, base, lora_dropout=0.2)
@@ -145,7 +142,7 @@ def test_names_that_promise_too_much(backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "sizes"),
-    [("llama", [3, 1, 2, 1] * 2), ("gpt2", [1] * 8), ("t5", [3, 1, 1, 1] * 2 + [3, 1, 1, 2, 1, 1, 1] * 2)],
+    [("llama", [3, 1, 2, 1] * 2), ("gpt2", [1] * 8), ("t5", [3, 1, 2, 1] * 2 + [3, 1, 1, 2, 1, 2, 1] * 2)],
 )
 def test_groups(kind: str, sizes: list[int]) -> None:
     layers = [m for m in adapted(kind).modules() if isinstance(m, MoreLinear)]
@@ -174,21 +171,25 @@ def counted(run: Callable[[], object]) -> Kernels:
 
 
 def test_more_adds_a_constant_number_of_kernels_and_no_question() -> None:
-    def step(model: Any, batch: dict[str, Tensor]) -> Callable[[], object]:
-        return lambda: model(**batch).loss.backward()
+    def step(model: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad()
+            model(**batch).loss.backward()
+
+        return run
 
     added = []
     for layers in (2, 6):
-        base = tiny("llama", num_hidden_layers=layers)
+        base = tiny("llama", layers)
         batch = prompts()
         with_more = counted(step(adapted("llama", copy.deepcopy(base)).train(), batch))
-        plain = adapted("llama", copy.deepcopy(base), gate="table", contrastive_weight=0.0).train()
+        plain = adapted("llama", copy.deepcopy(base), trained=False, gate="table", contrastive_weight=0.0).train()
         without = counted(step(plain, batch))
         assert with_more.asked == without.asked
         added.append(with_more.sent - without.sent)
-    assert added[0] < 150
-    # Four tensors a block are pooled, forward and back, and the parameters' gradients are put in place.
-    assert added[1] - added[0] <= 4 * 2 * 4, "what MoRE adds grows with the depth"
+    assert added[0] <= 150
+    # Four tensors a block are pooled, forward and back.
+    assert added[1] - added[0] <= 4 * 2 * 4, "what MoRE adds grows faster with the depth"
 
 
 def test_compiles_to_one_graph() -> None:

@@ -62,7 +62,7 @@ class Group:
         weights = [_weight(module) for module in self._a]
         a = weights[0] if len(weights) == 1 else torch.cat(weights)
         entered = first._cast_input_dtype(x, a.dtype)
-        dropped = F.dropout(entered, p) if p > 0 and first.training else None
+        dropped = first._cast_input_dtype(F.dropout(x, p), a.dtype) if p > 0 and first.training else None
         v = repeat_rows(v, x.shape[0]) if v.shape[0] > 1 else v
         pooling = self.context.pool_weights(entered, self.role, self.config.pooling) if pools and x.dim() == 3 else None
         bs = [_weight(module) for module in self._b]

@@ -112,7 +112,9 @@ class MoreLinear(nn.Module, MergesByTask):
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         config = self.configs[name]
-        x = self._cast_input_dtype(x, self.more_A[name].weight.dtype)
+        # Before it is cast: maps that read one tensor know each other by it.
+        dropped = self.context.drop(x, config.lora_dropout) if self.training else x
+        x, dropped = (self._cast_input_dtype(part, self.more_A[name].weight.dtype) for part in (x, dropped))
         asks_gate = config.gate == "soft" or self.training or self.stale[name]
         embeddings = self.more_task[name]() if asks_gate and config.gate != "table" else None
         if config.gate_input == "pooled":
@@ -124,7 +126,7 @@ class MoreLinear(nn.Module, MergesByTask):
             self.context.record(self.key, name, self._pooled(name, x, config.pooling), embeddings)
         weights = repeat_rows(weights, x.shape[0])
         weights = weights.view(weights.shape[0], *[1] * (x.dim() - 2), -1)
-        hidden = self.more_A[name](self.context.drop(x, config.lora_dropout) if self.training else x)
+        hidden = self.more_A[name](dropped)
         return self.more_B[name](hidden * weights.to(hidden.dtype))
 
     def parts(self, name: str) -> list[nn.Module]:
