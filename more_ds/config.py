@@ -49,6 +49,8 @@ class RunConfig:
     eval_limit: int | None = _option(None, "at most this many validation and test rows per task")
     max_source_length: int = _option(128, "most tokens of a prompt; a longer one is cut at its end")
     max_target_length: int = _option(64, "most tokens of an answer; a longer one is an error")
+    group_by_length: bool = _option(False, "batch examples of similar length; tokenises all first, once, on the disk")
+    pad_to_multiple_of: int | None = _option(None, "pad batches to a multiple of it; default: 8 on a GPU, 1 on a CPU")
     # The sampler
     sampling: Literal["exp_share", "proportional", "uniform", "temperature", "weights"] = _option(
         "exp_share", "how often a task is drawn; `exp_share` is the paper's"
@@ -116,7 +118,7 @@ class RunConfig:
 _AT_LEAST_ONE = (
     "train_limit", "eval_limit", "max_source_length", "max_target_length", "train_batch_size", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "per_device_eval_batch_size",
-    "early_stopping_patience", "save_steps", "save_total_limit", "logging_steps",
+    "early_stopping_patience", "save_steps", "save_total_limit", "logging_steps", "pad_to_multiple_of",
 )  # fmt: skip
 _NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "skip_nonfinite")
 MONITORS = ("tensorboard", "wandb", "csv")

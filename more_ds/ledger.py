@@ -67,10 +67,11 @@ class Ledger:
         """
         losses = torch.stack(self._losses).double().cpu() if self._losses else torch.zeros(0, 2, dtype=torch.float64)
         self._refuse_non_finite(losses)
-        columns = torch.zeros(len(self.task_names), 5, dtype=torch.float64)
+        columns = torch.zeros(len(self.task_names), 6, dtype=torch.float64)
         for (_, batch), (nll, auxiliary) in zip(self._notes, losses.tolist(), strict=True):
             size = len(batch.tensors["labels"])
-            columns[batch.task] += torch.tensor([nll, batch.label_tokens, auxiliary * size, size, batch.tokens])
+            own = [nll, batch.label_tokens, auxiliary * size, size, batch.tokens, batch.computed]
+            columns[batch.task] += torch.tensor(own)
         columns = self.ranks.sum(columns).cpu()
         seconds = time.monotonic() - self._began
         row = self._row(columns, seconds)
@@ -78,7 +79,7 @@ class Ledger:
         return row
 
     def _row(self, columns: Tensor, seconds: float) -> dict[str, Any]:
-        nll, labels, auxiliary, examples, tokens = columns.sum(0).tolist()
+        nll, labels, auxiliary, examples, tokens, computed = columns.sum(0).tolist()
         loss_lm, loss_auxiliary = nll / max(labels, 1), auxiliary / max(examples, 1)
         by_task = {
             name: {"loss": part[0] / part[1], "examples": int(part[3])}
@@ -91,6 +92,7 @@ class Ledger:
             "loss_auxiliary": loss_auxiliary,
             "tasks": by_task,
             "tokens_per_second": round(tokens / seconds, 1),
+            "padding": round(1 - tokens / max(computed, 1), 4),
             "examples_per_second": round(examples / seconds, 2),
             "peak_memory_gb": round(peak_memory_gb(), 3),
         }

@@ -17,6 +17,7 @@ from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.data.rows import load_examples
 from more_ds.data.sampler import BalancedSampler
+from more_ds.data.tokens import Tokens, tokenised
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError, suggest
 from more_ds.methods import adapter_config, check_together
@@ -43,6 +44,7 @@ class Plan:
         ds_config: what DeepSpeed gets.
         tasks: the tasks; a task's index is its id.
         train: training examples by task; one per reference.
+        tokens: their token ids, where examples are grouped by length.
         validation: validation examples by task name.
         test: test examples by split (`test`, and the further test splits of some tasks) and task name; empty if the
             run does not test.
@@ -63,6 +65,7 @@ class Plan:
     ds_config: dict[str, Any]
     tasks: list[Task]
     train: list[list[Example]]
+    tokens: list[Tokens] | None
     validation: dict[str, list[Example]]
     test: dict[str, dict[str, list[Example]]]
     model_config: Any
@@ -141,7 +144,10 @@ def make(
     train = [expand(_load(config, task, "train", config.train_limit)) for task in tasks]
     validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
     _check_targets(encoder, train)
-    sampler = _sampler(config, tasks, train, sizes, group_size or sizes.micro)
+    tokens = None
+    if config.group_by_length:
+        tokens = [tokenised(task.name, examples, encoder) for task, examples in zip(tasks, train, strict=True)]
+    sampler = _sampler(config, tasks, train, sizes, group_size or sizes.micro, tokens)
     total = config.max_steps or math.ceil(config.num_train_epochs * sampler.steps_per_epoch)
     return Plan(
         config=config,
@@ -150,6 +156,7 @@ def make(
         ds_config=ds_config,
         tasks=tasks,
         train=train,
+        tokens=tokens,
         validation=validation,
         test=_test_examples(config, tasks) if config.test else {},
         model_config=model_config,
@@ -165,7 +172,12 @@ def make(
 
 
 def _sampler(
-    config: RunConfig, tasks: Sequence[Task], train: Sequence[Sequence[Example]], sizes: BatchSizes, group_size: int
+    config: RunConfig,
+    tasks: Sequence[Task],
+    train: Sequence[Sequence[Example]],
+    sizes: BatchSizes,
+    group_size: int,
+    tokens: Sequence[Tokens] | None,
 ) -> BalancedSampler:
     return BalancedSampler(
         [len(examples) for examples in train],
@@ -177,6 +189,7 @@ def _sampler(
         temperature=config.sampling_temperature,
         weights=[config.sampling_weights[task.name] for task in tasks] if config.sampling_weights else None,
         names=[task.name for task in tasks],
+        lengths=None if tokens is None else [own.lengths for own in tokens],
     )
 
 

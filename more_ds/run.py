@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ class Run:
         """Join the parts of a run; `text_model.module` is the DeepSpeed engine."""
         self.plan, self.ranks, self.folder, self.text_model, self.stop = plan, ranks, folder, text_model, stop
         self.engine: Any = text_model.module
-        self.mixture = Mixture(plan.train, plan.sampler, plan.encoder, text_model.collator)
+        multiple = plan.config.pad_to_multiple_of or (8 if ranks.on_gpu else 1)
+        collator = replace(text_model.collator, multiple=multiple)
+        self.mixture = Mixture(plan.train, plan.sampler, plan.encoder, collator, plan.tokens)
         self.progress = Progress()
         self.saved_step = 0
         self.base = base_identity(plan.config.model, plan.config.revision)

@@ -27,7 +27,7 @@ from sampler_checks import (
     listed,
 )
 
-from more_ds import streams
+from more_ds.data import streams
 from more_ds.data.sampler import SCOPES, BalancedSampler, StepPlan
 
 every_scope = pytest.mark.parametrize("scope", SCOPES)

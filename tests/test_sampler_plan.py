@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sampler_checks import OPTIONS, PLAN, SIZES
 
-from more_ds import streams
+from more_ds.data import streams
 from more_ds.data.sampler import SCOPES, BalancedSampler, task_probabilities
 
 every_scope = pytest.mark.parametrize("scope", SCOPES)

@@ -168,10 +168,13 @@ def stop_after_the_first_checkpoint() -> Any:
         pytest.param(2, "bf16", marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_ends_with_the_same_bytes(place: Path, stage: int, dtype: str) -> None:
+def test_a_resumed_run_ends_with_the_same_bytes(
+    place: Path, stage: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MORE_DS_CACHE", str(place / "cache"))
     whole, cut = place / f"whole-{stage}-{dtype}", place / f"cut-{stage}-{dtype}"
     ds_config = str(zero_stage_file(place, stage))
-    extra = ["--dtype", dtype, "--test", "false"]
+    extra = ["--dtype", dtype, "--test", "false", "--group_by_length", "true" if stage == 2 else "false"]
     on_ranks(2, argv(place, whole, *extra, ds_config=ds_config))
     with stop_after_the_first_checkpoint(), pytest.raises(RuntimeError, match="KeyboardInterrupt"):
         on_ranks(2, argv(place, cut, *extra, ds_config=ds_config))
@@ -181,6 +184,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(place: Path, stage: int, dtype: 
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
     keys = ("step", "loss_lm", "grad_norm", "learning_rate")
     assert [[row[k] for k in keys] for row in losses(whole)] == [[row[k] for k in keys] for row in losses(cut)]
+    assert all(0 <= row["padding"] < 1 for row in losses(whole))
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(place: Path, one_process: Path) -> None:

@@ -23,14 +23,16 @@ class Collator:
     Attributes:
         pad_id: id of the padding token.
         decoder_start_id: first token of the decoder; None for a causal model.
+        multiple: rows are padded to a multiple of this length, so that there are few shapes.
     """
 
     pad_id: int
     decoder_start_id: int | None = None
+    multiple: int = 1
 
     def prompts(self, prompts: Sequence[Sequence[int]], task_ids: Sequence[int]) -> Batch:
         """The batch without answers: `input_ids`, `attention_mask`, (batch, length), and `task_ids`, (batch,)."""
-        ids, mask = _pad(prompts, self.pad_id, left=self.decoder_start_id is None)
+        ids, mask = _pad(prompts, self.pad_id, left=self.decoder_start_id is None, multiple=self.multiple)
         return {"input_ids": ids, "attention_mask": mask, "task_ids": torch.tensor(task_ids, dtype=torch.long)}
 
     def answers(
@@ -65,9 +67,9 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[Sequence[int]], value: int, *, left: bool, multiple: int = 1) -> tuple[Tensor, Tensor]:
     """Pad rows to the longest: the ids and the mask of real tokens, (rows, length) long."""
-    length = max(len(row) for row in rows)
+    length = -(-max(len(row) for row in rows) // multiple) * multiple
     ids = torch.full((len(rows), length), value, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from more_ds.data.shares import STRATEGIES, covering_units, task_probabilities
+from more_ds.data.streams import IntArray, Passes, TaskSequence
 from more_ds.errors import UserError, suggest
-from more_ds.streams import IntArray, Passes, TaskSequence
 
 __all__ = [
     "SCOPES",
@@ -100,8 +100,11 @@ class BalancedSampler:
         temperature: float = 1.0,
         weights: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
+        lengths: Sequence[IntArray] | None = None,
     ) -> None:
         """Make the plan of the tasks with `sizes` samples each; `names` label and identify them.
+
+        With the samples' `lengths`, [size] for each task, what is trained together is of similar length.
 
         Raises:
             UserError: see `task_probabilities`; or an unknown scope, a count below 1, a seed
@@ -132,9 +135,13 @@ class BalancedSampler:
             "weights": None if weights is None else _digest([float(w) for w in weights]),
             "tasks": _digest([self.names, self.sizes]),
         }
-        self._build(strategy == "proportional", seed)
+        if lengths is not None:
+            if [len(own) for own in lengths] != self.sizes:
+                raise UserError(f"found {[len(own) for own in lengths]} lengths for {self.sizes} samples")
+            self._fields["lengths"] = _digest([own.tolist() for own in lengths])
+        self._build(strategy == "proportional", seed, lengths)
 
-    def _build(self, covering: bool, seed: int) -> None:
+    def _build(self, covering: bool, seed: int, lengths: Sequence[IntArray] | None) -> None:
         one_task_step = self.scope == "step"
         self._unit = self.global_batch if one_task_step else self.group_size
         self._step_units = 1 if one_task_step else self.groups_per_step
@@ -153,7 +160,10 @@ class BalancedSampler:
             # Twelve digits: the last bits of exp() differ between machines' math libraries.
             rates = [float(f"{share:.12g}") for share in self.shares]
         self._sequence = TaskSequence(rates, seed)
-        self._passes = [Passes(size, task, seed, per_epoch[task]) for task, size in enumerate(self.sizes)]
+        self._passes = [
+            Passes(size, task, seed, per_epoch[task], None if lengths is None else lengths[task], self._unit)
+            for task, size in enumerate(self.sizes)
+        ]
 
     def step(self, step: int) -> StepPlan:
         """The global batch of optimizer step `step`, counted from 0; the cost does not grow."""

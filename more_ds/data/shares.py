@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from more_ds.data.streams import FloatArray
 from more_ds.errors import UserError, suggest
-from more_ds.streams import FloatArray
 
 STRATEGIES = ("exp_share", "proportional", "uniform", "temperature", "weights")
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from filelock import FileLock
-
+from more_ds.cache import cache_root, make_once
 from more_ds.demo.backbone import build_backbone
 from more_ds.demo.generate import write_tasks
 from more_ds.demo.tokenizer import Kind
@@ -29,9 +25,7 @@ class DemoPaths(NamedTuple):
 def prepare(kind: Kind = "llama", cache_dir: Path | str | None = None, steps: int | None = None) -> DemoPaths:
     """Return the demo's data and backbone, and make them first where they are not there.
 
-    Several processes may call this at once: one builds, the others wait for it. What is built
-    comes into its place by a rename, so a killed build leaves nothing that looks complete; the
-    lock is the operating system's, so it ends with its process.
+    Several processes may call this at once: one builds, the others wait for it.
 
     Args:
         kind: "llama" (causal) or "t5" (encoder-decoder).
@@ -47,7 +41,7 @@ def prepare(kind: Kind = "llama", cache_dir: Path | str | None = None, steps: in
         raise UserError(f"steps is {steps}; the demo's backbone needs at least one")
     data_dir = prepare_data(cache_dir)
     model_dir = data_dir.parent / (kind if steps is None else f"{kind}-{steps}-steps")
-    _make(model_dir, lambda folder: build_backbone(kind, folder, steps))
+    make_once(model_dir, lambda folder: build_backbone(kind, folder, steps))
     return DemoPaths(data_dir, model_dir)
 
 
@@ -60,8 +54,8 @@ def prepare_data(cache_dir: Path | str | None = None) -> Path:
     Raises:
         UserError: a cache that cannot be written to.
     """
-    data_dir = _cache_root(cache_dir) / f"demo-{fingerprint()}" / "data"
-    _make(data_dir, write_tasks)
+    data_dir = cache_root(cache_dir) / f"demo-{fingerprint()}" / "data"
+    make_once(data_dir, write_tasks)
     return data_dir
 
 
@@ -71,28 +65,3 @@ def fingerprint() -> str:
     for source in sorted(_SOURCES.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
-
-
-def _cache_root(cache_dir: Path | str | None) -> Path:
-    chosen = cache_dir or os.environ.get("MORE_DS_CACHE") or Path.home() / ".cache" / "more_ds"
-    return Path(chosen).expanduser().resolve()
-
-
-def _make(target: Path, build: Callable[[Path], None]) -> None:
-    """Build `target`, if it is not there, in a folder beside it, and rename."""
-    if target.is_dir():
-        return
-    folder = target.with_name(f"{target.name}.building")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / "lock"):
-            if target.is_dir():  # built by the process that held the lock
-                return
-            shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed
-            folder.mkdir()
-            build(folder)
-            os.replace(folder, target)
-    except OSError as error:
-        raise UserError(
-            f"the demo cannot be kept in {target.parent}: {error}; set MORE_DS_CACHE to a folder with space"
-        ) from error

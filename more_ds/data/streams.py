@@ -16,7 +16,8 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 _JITTER_BLOCK = 256
-_JITTER, _PASS, _SPLIT = range(3)  # purposes of the random streams
+_WINDOW = 64  # units whose samples are sorted together
+_JITTER, _PASS, _SPLIT, _WINDOWS = range(4)  # purposes of the random streams
 
 
 def _words(count: int, *key: int) -> npt.NDArray[np.uint64]:
@@ -112,9 +113,22 @@ class Passes:
     the surplus over the epochs has made a whole extra pass, where the constraint falls away.
     """
 
-    def __init__(self, size: int, task: int, seed: int, epoch_samples: int | None) -> None:
+    def __init__(
+        self, size: int, task: int, seed: int, epoch_samples: int | None, lengths: IntArray | None = None, unit: int = 1
+    ) -> None:
+        """Make the stream of a task.
+
+        Args:
+            size: samples of the task.
+            task: its number.
+            seed: of the permutations.
+            epoch_samples: see above; None: epochs promise nothing.
+            lengths: [size] of the samples; `unit` consecutive positions, counted from the stream's start, then hold
+                samples of similar length. None: chance decides.
+            unit: positions that are trained together.
+        """
         self._size, self._task, self._seed = size, task, seed
-        self._epoch_samples = epoch_samples
+        self._epoch_samples, self._lengths, self._unit = epoch_samples, lengths, unit
         self._held: tuple[int, IntArray] | None = None
 
     def take(self, start: int, count: int) -> IntArray:
@@ -141,5 +155,26 @@ class Passes:
                 base = _shuffled(every, self._seed, _SPLIT, self._task, number - epoch)
                 mixed = _shuffled(base, *key)
                 opens = np.isin(mixed, base[:head])
-                return np.concatenate([mixed[opens], mixed[~opens]])
-        return _shuffled(every, *key)
+                parts = [self._alike(mixed[opens], number, 0), self._alike(mixed[~opens], number, head)]
+                return np.concatenate(parts)
+        return self._alike(_shuffled(every, *key), number, 0)
+
+    def _alike(self, order: IntArray, number: int, offset: int) -> IntArray:
+        """Part of a pass, `offset` positions from its start, with samples of similar length in each unit.
+
+        Windows of many units are sorted, cut into units, and the units shuffled: what is trained when stays a matter of
+        chance up to the window.
+        """
+        if self._lengths is None or self._unit == 1:
+            return order
+        start = number * self._size + offset
+        place = min(-start % self._unit, len(order))  # a unit that has begun before
+        parts = [order[:place]]
+        for window in range(place, len(order), _WINDOW * self._unit):
+            own = order[window : window + _WINDOW * self._unit]
+            own = own[np.argsort(self._lengths[own], kind="stable")]
+            whole = len(own) // self._unit
+            units = own[: whole * self._unit].reshape(whole, self._unit)
+            shuffled = _shuffled(np.arange(whole), self._seed, _WINDOWS, self._task, start + window)
+            parts += [units[shuffled].ravel(), own[whole * self._unit :]]
+        return np.concatenate(parts)

@@ -1,0 +1,107 @@
+"""Training examples as token ids, made once and kept on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from more_ds import log
+from more_ds.cache import cache_root, make_once
+from more_ds.data.encoding import Encoder
+from more_ds.errors import UserError
+from more_ds.tasks.render import Example
+
+_FORMAT = 1
+_CHUNK = 2048
+_FILES = ("ids", "ends")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids of one task's examples, mapped from a file, so that the ranks of a node share the memory.
+
+    Attributes:
+        ids: [tokens] all prompts and targets, one after the other.
+        ends: [2 * examples] where each prompt and each target ends.
+        num_cut: prompts that were too long.
+    """
+
+    ids: npt.NDArray[np.int32]
+    ends: npt.NDArray[np.int64]
+    num_cut: int
+
+    def prompt(self, index: int) -> list[int]:
+        """Ids of an example's prompt."""
+        return self._part(2 * index)
+
+    def target(self, index: int) -> list[int]:
+        """Ids of an example's target."""
+        return self._part(2 * index + 1)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[examples] tokens of the prompt and the target together."""
+        return np.diff(np.concatenate([[0], self.ends[1::2]]))
+
+    def _part(self, number: int) -> list[int]:
+        start = int(self.ends[number - 1]) if number else 0
+        return list(map(int, self.ids[start : self.ends[number]]))
+
+
+def tokenised(name: str, examples: Sequence[Example], encoder: Encoder, cache_dir: Path | str | None = None) -> Tokens:
+    """The tokens of a task's examples, from the cache if they are there.
+
+    They are found again by what they are made of: the texts, the tokeniser and the limits. Every process may ask; one
+    makes them while the others wait, so this belongs before a process group is formed.
+
+    Raises:
+        UserError: a target is too long, the cache cannot be written to, or what it holds is damaged.
+    """
+    folder = cache_root(cache_dir) / "tokens" / _key(examples, encoder)
+    make_once(folder, lambda place: _write(place, name, examples, encoder))
+    try:
+        ids, ends = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in _FILES)
+        num_cut = int(json.loads((folder / "about.json").read_text(encoding="utf-8"))["num_cut"])
+        sound = len(ends) == 2 * len(examples) and (not len(ends) or int(ends[-1]) == len(ids))
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"the tokens of task '{name}' in {folder} are damaged; delete that folder, they are made again")
+    encoder.num_prompts += len(examples)
+    encoder.num_cut += num_cut
+    return Tokens(ids, ends, num_cut)
+
+
+def _key(examples: Sequence[Example], encoder: Encoder) -> str:
+    digest = hashlib.sha256(f"{_FORMAT}\n{encoder.signature}\n".encode())
+    for example in examples:
+        digest.update(f"{len(example.prompt)}:{example.prompt}{len(example.target)}:{example.target}".encode())
+    return digest.hexdigest()[:24]
+
+
+def _write(folder: Path, name: str, examples: Sequence[Example], encoder: Encoder) -> None:
+    before = (encoder.num_prompts, encoder.num_cut)
+    ids: list[npt.NDArray[np.int32]] = []
+    sizes: list[int] = []
+    with log.Progress(len(examples), f"tokenising {name}") as bar:
+        for start in range(0, len(examples), _CHUNK):
+            part = examples[start : start + _CHUNK]
+            prompts = encoder.prompts([example.prompt for example in part])
+            targets = encoder.targets([example.target for example in part])
+            rows: list[Any] = [row for pair in zip(prompts, targets, strict=True) for row in pair]
+            sizes += map(len, rows)
+            ids.append(np.array([token for row in rows for token in row], dtype=np.int32))
+            bar.advance(len(part))
+    np.save(folder / "ids.npy", np.concatenate([np.empty(0, np.int32), *ids]))
+    np.save(folder / "ends.npy", np.cumsum(np.array(sizes, dtype=np.int64)))
+    about = {"task": name, "examples": len(examples), "num_cut": encoder.num_cut - before[1]}
+    (folder / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    encoder.num_prompts, encoder.num_cut = before  # counted when they are read
