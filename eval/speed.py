@@ -1,9 +1,16 @@
-"""Measure what scoring costs, as ratios inside one process.
+"""Measure what training and scoring cost, as ratios inside one process.
 
-    python eval/speed.py --model FOLDER --data_dir /data [--suite glue] [--tasks sst2,stsb] [--rows 64] [--rounds 5]
+    python eval/speed.py step [--shape llama-256,t5-256] [--variants "more fused,multilora"] [--compile]
+    python eval/speed.py growth [--shape llama-256]
+    python eval/speed.py data --model FOLDER --data_dir /data [--suite glue]
+    python eval/speed.py scoring --model FOLDER --data_dir /data [--suite glue] [--tasks sst2,stsb]
 
-Every way to score is run in every round, in random order; a ratio is that of two times of the same round, so that other
-jobs on the machine do not decide. Set OMP_NUM_THREADS where the machine is shared.
+step: training steps of every method and back-end over that of PEFT's LoRA (r = 8), on random weights. growth: MoRE's
+step over LoRA's as depth, width, rank, tasks, rows and length grow. data: tokens that a step computes, padded to 128,
+to the longest row, and grouped by length. scoring: closed answers by likelihood and by generation.
+
+Everything that is compared runs in every round, in random order; a ratio is that of two times of the same round, so
+that other jobs on the machine do not decide. Set OMP_NUM_THREADS where the machine is shared.
 """
 
 from __future__ import annotations
@@ -12,9 +19,10 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,13 +30,23 @@ import numpy as np
 import torch
 
 from more_ds import cli, log
+from more_ds.data.encoding import Encoder
 from more_ds.data.rows import load_examples
-from more_ds.errors import UserError
+from more_ds.data.tokens import tokenised
+from more_ds.errors import UserError, suggest
 from more_ds.loading import choose_dtype, find_subject, load_text_model
-from more_ds.model import DTYPES
+from more_ds.model import DTYPES, load_tokenizer, read_model_config
 from more_ds.run_folder import versions
+from more_ds.speed import plot
+from more_ds.speed.batches import count_tokens
 from more_ds.speed.scoring import GENERATION, PUBLISHED, score_speed
+from more_ds.speed.shapes import SHAPES, find_shape
+from more_ds.speed.steps import REFERENCE, Setting, growth, step_costs, variants
 from more_ds.tasks import resolve_tasks
+from more_ds.tasks.render import expand
+
+PADDED = 128
+"""Length that the published code pads every prompt to."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +57,95 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> None:
     arguments, _ = cli.parse(_parser(), argv)
     log.quiet_libraries()
-    subject = find_subject(arguments.model)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    document = {
+        "settings": vars(arguments), "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "versions": versions(), arguments.part: PARTS[arguments.part](arguments),
+    }  # fmt: skip
+    if arguments.output:
+        folder = Path(arguments.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{arguments.part}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        log.say(f"written to {folder}")
+
+
+def _steps(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = [name for name in arguments.variants.split(",") if name] or variants()
+    unknown = [f"'{name}'{suggest(name, variants())}" for name in names if name not in variants()]
+    if unknown:
+        raise UserError(f"unknown variant {', '.join(unknown)}; there are: {', '.join(variants())}")
+    found: dict[str, Any] = {}
+    for shape in arguments.shape.split(","):
+        costs, missing = step_costs(
+            _setting(arguments, shape), names, rounds=arguments.rounds, compiled=arguments.compile
+        )
+        log.say(f"\n{shape}, {_where(arguments)}: a training step over that of {REFERENCE}, {arguments.rounds} rounds")
+        log.say(
+            log.table(
+                ["variant", "time", "tokens/s", "peak MB", "of LoRA's", "kernels", "added", "syncs", "trainable"],
+                [
+                    [
+                        name, str(cost.ratio), cost.tokens_per_second, cost.peak_mb,
+                        cost.peak_mb / costs[REFERENCE].peak_mb, cost.kernels,
+                        cost.kernels - costs[REFERENCE].kernels, cost.syncs, cost.trainable,
+                    ]
+                    for name, cost in costs.items()
+                ],
+            )
+        )  # fmt: skip
+        for name, reason in missing.items():
+            log.say(f"{name}: not with this model: {reason}")
+        found[shape] = {name: cost.as_dict() for name, cost in costs.items()}
+        if arguments.output:
+            Path(arguments.output).mkdir(parents=True, exist_ok=True)
+            ratios = {name: cost.ratio for name, cost in costs.items()}
+            plot.bars(Path(arguments.output) / f"step-{shape}.svg", f"{shape}, {_where(arguments)}", ratios)
+    return found
+
+
+def _growth(arguments: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for shape in arguments.shape.split(","):
+        ratios = growth(_setting(arguments, shape), rounds=arguments.rounds)
+        log.say(f"\n{shape}, {_where(arguments)}: MoRE's step over LoRA's of the same rank, {arguments.rounds} rounds")
+        rows = [[axis, value, str(ratio)] for axis, own in ratios.items() for value, ratio in own.items()]
+        log.say(log.table(["what grows", "to", "time"], rows))
+        found[shape] = {axis: {value: asdict(r) for value, r in own.items()} for axis, own in ratios.items()}
+        if arguments.output:
+            Path(arguments.output).mkdir(parents=True, exist_ok=True)
+            plot.lines(Path(arguments.output) / f"growth-{shape}.svg", f"{shape}, {_where(arguments)}", ratios)
+    return found
+
+
+def _data(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = _needs(arguments.model, "--model")
+    config = read_model_config(model)
+    encoder = Encoder(
+        load_tokenizer(model), is_encoder_decoder=config.is_encoder_decoder, max_source_length=PADDED,
+        max_target_length=64,
+    )  # fmt: skip
+    tasks = resolve_tasks(arguments.tasks.split(",") if arguments.tasks else None, [arguments.suite], None)
+    tokens = [
+        tokenised(task.name, expand(load_examples(task, "train", data_dir=arguments.data_dir)), encoder)
+        for task in tasks
+    ]
+    found = {}
+    for strategy in ("exp_share", "proportional"):
+        counts = count_tokens(tokens, strategy=strategy, micro=8, groups=4, steps=arguments.steps, fixed=PADDED)
+        found[strategy] = asdict(counts)
+    log.say(f"tokens that a step of 32 examples computes, mean of {arguments.steps} steps")
+    ways = (("fixed", f"all padded to {PADDED}"), ("dynamic", "to the longest of 8"), ("grouped", "grouped by length"))
+    rows = [
+        [strategy, words, counts[way], counts["fixed"] / counts[way], 100 * (1 - counts["real"] / counts[way])]
+        for strategy, counts in found.items()
+        for way, words in ways
+    ]
+    log.say(log.table(["sampling", "padding", "tokens", "times fewer", "padding %"], rows))
+    return found
+
+
+def _scoring(arguments: argparse.Namespace) -> dict[str, Any]:
+    subject = find_subject(_needs(arguments.model, "--model"))
     names = [name for name in arguments.tasks.split(",") if name]
     tasks = resolve_tasks(names or None, [arguments.suite], None)
     free = [task.name for task in tasks if task.kind == "text"]
@@ -49,10 +155,9 @@ def _main(argv: Sequence[str]) -> None:
         task.name: load_examples(task, "validation", data_dir=arguments.data_dir, limit=arguments.rows)
         for task in tasks
     }
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     text_model = load_text_model(
-        subject, dtype=choose_dtype(subject, arguments.dtype, device), device=device, max_source_length=128,
-        max_target_length=32,
+        subject, dtype=choose_dtype(subject, arguments.dtype, arguments.device), device=arguments.device,
+        max_source_length=PADDED, max_target_length=32,
     )  # fmt: skip
     found = score_speed(text_model, tasks, examples, batch_size=arguments.batch_size, rounds=arguments.rounds)
     rows = [
@@ -61,16 +166,30 @@ def _main(argv: Sequence[str]) -> None:
     ]
     medians = [float(np.median([r[way].median for r in found.values()])) for way in (GENERATION, PUBLISHED)]
     rows.append(["median", *(f"{value:.2f}" for value in medians), None])
-    log.say(f"time over that of likelihood, median [quartiles] of {arguments.rounds} rounds, {device}")
+    log.say(f"time over that of likelihood, median [quartiles] of {arguments.rounds} rounds, {arguments.device}")
     log.say(log.table(["task", "generation", "published", "ms a row"], rows))
-    if arguments.output:
-        document = {
-            "settings": vars(arguments), "device": device, "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(), "versions": versions(),
-            "scoring": {name: {way: asdict(r) for way, r in ratios.items()} for name, ratios in found.items()},
-        }  # fmt: skip
-        Path(arguments.output).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        log.say(f"written to {arguments.output}")
+    return {name: {way: asdict(r) for way, r in ratios.items()} for name, ratios in found.items()}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "step": _steps, "growth": _growth, "data": _data, "scoring": _scoring,
+}  # fmt: skip
+
+
+def _setting(arguments: argparse.Namespace, shape: str) -> Setting:
+    dtype = arguments.dtype or ("bf16" if arguments.device.startswith("cuda") else "fp32")
+    return Setting(find_shape(shape), DTYPES[dtype], arguments.device, dropout=arguments.dropout)
+
+
+def _where(arguments: argparse.Namespace) -> str:
+    name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU"
+    return f"{name}, {arguments.dtype or 'default type'}{', compiled' if arguments.compile else ''}"
+
+
+def _needs(value: str | None, flag: str) -> str:
+    if value is None:
+        raise UserError(f"this part measures a model of yours; add {flag}")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,16 +198,22 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--model", required=True, help="run directory, adapter folder, model folder or hub id")
-    add("--suite", default="glue", help="of closed tasks")
+    add("part", choices=sorted(PARTS), help="what to measure")
+    add("--shape", default="llama-256,t5-256", help=f"step, growth: {', '.join(SHAPES)}, or llama2-7b and the like")
+    add("--variants", default="", help="step: which; default: all")
+    add("--compile", action="store_true", help="step: through torch.compile, all variants alike")
+    add("--dropout", type=float, default=0.0, help="step, growth: of all methods that have one")
+    add("--model", help="data, scoring: run directory, adapter folder, model folder or hub id")
+    add("--suite", default="glue", help="data, scoring: of closed tasks")
     add("--tasks", default="", help="which of its tasks; default: all")
     add("--data_dir", help="folder with <suite>/<task>/<split>.jsonl.gz; default: the hub")
-    add("--rows", type=cli.positive, default=64, help="of each task")
-    add("--batch_size", type=cli.positive, default=32, help="examples per batch")
-    add("--rounds", type=cli.positive, default=5, help="that count")
+    add("--steps", type=cli.positive, default=500, help="data: steps to look at")
+    add("--rows", type=cli.positive, default=64, help="scoring: of each task")
+    add("--batch_size", type=cli.positive, default=32, help="scoring: examples per batch")
+    add("--rounds", type=cli.positive, default=15, help="that count")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    add("--output", help="JSON file with everything that was measured")
+    add("--output", help="folder for a JSON file with everything that was measured, and pictures")
     return parser
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed import run_ranks
 from oracle import adapted, prompts, scramble, tiny
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from launch import train
 from more_ds import MoreConfig
 from more_ds.losses import contrastive_loss
 from more_ds.tuners.more import MoreLinear, expert_table
@@ -201,6 +205,34 @@ def test_compiles_to_one_graph() -> None:
     assert explained.graph_break_count == 0, [str(reason) for reason in explained.break_reasons]
     compiled = torch.compile(lambda: model(**batch).loss, backend="aot_eager")
     torch.testing.assert_close(compiled(), expected)
+
+
+@pytest.mark.slow
+def test_back_ends_have_one_learning_curve(models_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    """200 steps of the real checkpoint on real tasks, in fp32: within 1e-5 at every step."""
+    curves = []
+    for backend in BACKENDS:
+        argv = ["--recipe", "demo", "--suite", "glue", "--model", str(models_dir / "stories260K"), "--data_dir"]
+        argv += [str(data_dir), "--train_limit", "400", "--max_steps", "200", "--train_batch_size", "8", "--test"]
+        argv += [
+            "false",
+            "--eval_on_start",
+            "false",
+            "--eval_steps",
+            "200",
+            "--eval_limit",
+            "4",
+            "--logging_steps",
+            "1",
+        ]
+        argv += ["--adapter.backend", backend, "--output_dir", str(tmp_path / backend), "--learning_rate", "1e-3"]
+        assert run_ranks(lambda _, argv=argv: train.main(argv), 1) == [0]
+        rows = map(json.loads, (tmp_path / backend / "metrics.jsonl").read_text().splitlines())
+        curves.append(torch.tensor([row["loss"] for row in rows if "loss" in row], dtype=torch.float64))
+    assert len(curves[0]) == 200
+    assert curves[0][-50:].mean() < 0.8 * curves[0][:20].mean(), "it learns nothing"
+    for curve in curves[1:]:
+        torch.testing.assert_close(curve, curves[0], rtol=0, atol=1e-5)
 
 
 def test_the_back_end_is_not_saved() -> None:

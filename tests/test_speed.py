@@ -6,14 +6,23 @@ import importlib.util
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tiny_models import text_model
 from toy_suite import toy_examples, write_toy
 
+from more_ds.data.tokens import Tokens
+from more_ds.speed.batches import count_tokens
+from more_ds.speed.counting import kernels, peak_bytes
 from more_ds.speed.rounds import compare
 from more_ds.speed.scoring import score_speed
+from more_ds.speed.shapes import SHAPES, find_shape
+from more_ds.speed.steps import REFERENCE, variants
 from more_ds.tasks import load_suite
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,16 +56,72 @@ def test_every_way_to_score_runs(kind: str, tmp_path: Path) -> None:
     assert all(set(ratios) == {"likelihood", "generation", "published"} for ratios in found.values())
 
 
-def test_the_command(tmp_path: Path, data_dir: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def speed() -> Any:
     spec = importlib.util.spec_from_file_location("eval_speed", ROOT / "eval" / "speed.py")
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules["eval_speed"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    argv = ["--model", str(models_dir / "stories260K"), "--data_dir", str(data_dir), "--rows", "3", "--rounds", "1"]
-    output = tmp_path / "speed.json"
-    assert module.main([*argv, "--tasks", "sst2", "--device", "cpu", "--output", str(output)]) == 0
-    assert set(json.loads(output.read_text())["scoring"]["sst2"]) == {"likelihood", "generation", "published"}
+    return module
+
+
+def test_scoring(
+    speed: Any, tmp_path: Path, data_dir: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["scoring", "--model", str(models_dir / "stories260K"), "--data_dir", str(data_dir), "--rows", "3"]
+    argv += ["--rounds", "1"]
+    assert speed.main([*argv, "--tasks", "sst2", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "scoring.json").read_text())
+    assert set(found["scoring"]["sst2"]) == {"likelihood", "generation", "published"}
     assert "sst2" in capsys.readouterr().out
-    assert module.main([*argv, "--suite", "nlg", "--tasks", "e2e_nlg"]) == 2
+    assert speed.main([*argv, "--suite", "nlg", "--tasks", "e2e_nlg"]) == 2
     assert "free text is always generated" in capsys.readouterr().err
+
+
+def test_steps(speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(SHAPES["t5-256"], config=SHAPES["t5-256"].config | {"d_model": 16, "d_ff": 32, "num_layers": 1})
+    monkeypatch.setitem(SHAPES, "t5-256", small)
+    argv = ["step", "--shape", "t5-256", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path)]
+    assert speed.main(argv) == 0
+    costs = json.loads((tmp_path / "step.json").read_text())["step"]["t5-256"]
+    assert set(variants()) - set(costs) <= {"prefix_tuning"}, "what an encoder-decoder cannot have"
+    assert costs["frozen base"]["trainable"] == 0
+    assert costs["more fused"]["trainable"] == costs["more reference"]["trainable"]
+    assert costs["more without gates"]["trainable"] == costs[REFERENCE]["trainable"]
+    assert costs["more fused"]["kernels"] < costs["more reference"]["kernels"]
+    assert costs["more fused"]["syncs"] == costs[REFERENCE]["syncs"]
+    assert all(cost["peak_mb"] > 0 for cost in costs.values())
+    assert (tmp_path / "step-t5-256.svg").is_file()
+
+
+def test_bad_input(speed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, words in (
+        (["step", "--shape", "llama-25"], "did you mean 'llama-256'"),
+        (["step", "--variants", "more fuse"], "did you mean 'more fused'"),
+        (["data"], "--model"),
+        (["steps"], "invalid choice"),
+    ):
+        assert speed.main(argv) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_known_shape_is_found_by_a_short_name() -> None:
+    assert find_shape("llama2-7b").config["hidden_size"] == 4096
+
+
+def test_kernels_and_memory() -> None:
+    a = torch.randn(1000, 1000)
+    assert kernels(lambda: (a @ a).view(-1).sum().item()).sent == 2
+    assert kernels(lambda: (a @ a).sum().item()).asked == 1
+    assert peak_bytes(lambda: (a @ a) @ a) == pytest.approx(8e6, rel=0.01)
+
+
+def test_grouping_computes_fewer_tokens() -> None:
+    lengths = np.random.RandomState(0).randint(5, 100, 3000)
+    ends = np.cumsum(np.stack([lengths - 2, np.full_like(lengths, 2)], 1).ravel())
+    tokens = Tokens(np.zeros(int(ends[-1]), np.int32), ends, 0)
+    found = count_tokens([tokens], strategy="uniform", micro=8, groups=2, steps=60, fixed=128)
+    assert found.fixed == 16 * 128
+    assert found.real < found.grouped < found.dynamic < found.fixed
+    assert found.grouped < 1.1 * found.real
