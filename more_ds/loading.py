@@ -76,6 +76,9 @@ def find_subject(name: str, base_model: str | None = None) -> Subject:
         above = folder.resolve().parent / "config.json"
         run = _json(above) if above.is_file() else {}
     if adapter is None:
+        whole = next((folder / slot for slot in SLOTS if (folder / slot / "config.json").is_file()), None)
+        if whole is not None and "model" in run and "model_type" not in run:
+            return _whole_model(name, whole, base_model, run)
         if "model" in run and "model_type" not in run:
             raise UserError(f"the run {folder} holds no adapter: no {ADAPTER_CONFIG} in {' or '.join(SLOTS)}; train it")
         return Subject(name, base_model or name, folder=Path("eval_results", folder.resolve().name))
@@ -86,6 +89,13 @@ def find_subject(name: str, base_model: str | None = None) -> Subject:
         raise UserError(f"{adapter}/{ADAPTER_CONFIG} does not name its base model; give --base_model")
     home = adapter.resolve().parent if run else adapter
     return Subject(name, str(base), adapter, config, run, home / "eval")
+
+
+def _whole_model(name: str, folder: Path, base_model: str | None, run: Mapping[str, Any]) -> Subject:
+    """The model of a run that fine-tuned all of it."""
+    if base_model is not None:
+        raise UserError(f"the run {name} trained the whole model, which needs no base model; leave --base_model out")
+    return Subject(name, str(folder), run=run, folder=folder.parent / "eval")
 
 
 def choose_dtype(subject: Subject, dtype: str | None, device: str) -> str:

@@ -20,6 +20,7 @@ from more_ds.errors import UserError, suggest
 from more_ds.tuners import (
     BitFitConfig,
     DyLoraConfig,
+    FullConfig,
     HoulsbyConfig,
     HydraLoraConfig,
     HyperFormerConfig,
@@ -85,6 +86,13 @@ METHODS: dict[str, Method] = {
     "houlsby": Method(HoulsbyConfig, "bottlenecks after attention and FFN", "no", defaults={}),
     "hyperformer": Method(
         HyperFormerConfig, "networks that write every task's bottlenecks", "no", BY_NAME, defaults={}
+    ),
+    "full": Method(
+        FullConfig,
+        "full fine-tuning: all of the model, and no adapter",
+        "no",
+        defaults={},
+        refuses={"quantization": "rounded weights cannot be trained; use --quantization none, or an adapter"},
     ),
     "lora": Method(LoraConfig, "low-rank updates, shared by all tasks"),
     "rslora": Method(LoraConfig, "LoRA scaled by alpha / sqrt(r)", fixed={"use_rslora": True}),
@@ -163,5 +171,7 @@ def check_together(method: str, **conditions: bool) -> None:
     """
     for name, why in METHODS[method].refuses.items():
         if conditions.get(name):
-            subject = "an encoder-decoder model" if name == "encoder_decoder" else name
+            subject = {"encoder_decoder": "an encoder-decoder model", "quantization": "a quantised base"}.get(
+                name, name
+            )
             raise UserError(f"{method} does not go with {subject}: {why}")

@@ -130,6 +130,7 @@ def make(
         config.method,
         gradient_checkpointing=config.gradient_checkpointing,
         encoder_decoder=model_config.is_encoder_decoder,
+        quantization=config.quantization != "none",
     )
     virtual = getattr(adapter, "num_virtual_tokens", 0)
     check_model(model_config, dtype, virtual + config.max_source_length + config.max_target_length)
@@ -259,6 +260,6 @@ def count(
         model = attach(without_weights(model_config, trust_remote_code), adapter)
     trainable = parameters_by_kind(model)
     # Methods that train a prompt wrap no modules, and have no tuner.
-    targeted: list[str] = getattr(model.base_model, "targeted_module_names", [])
+    targeted: list[str] = getattr(getattr(model, "base_model", model), "targeted_module_names", [])
     maps = Counter(name.rsplit(".", 1)[-1] for name in targeted)
     return trainable, sum(p.numel() for p in model.parameters()) - sum(trainable.values()), maps

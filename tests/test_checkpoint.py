@@ -24,6 +24,7 @@ from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG, FILES, MANIFEST, O
 from more_ds.engine import Ranks
 from more_ds.errors import TrainingError, UserError
 from more_ds.optimizer_state import MASTER, loss_scale, set_loss_scale
+from more_ds.trained import find_trained
 
 
 def train_save_train_resume(ranks: Ranks, setup: str, folder: Path) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def load_and_look(ranks: Ranks, path: Path, setup: str, folder: Path) -> tuple[d
     module = engine(ranks, setup, folder, seed=7)
     checkpoint.load(path, module)
     hashes, saved = numbers(module), load_file(path / ADAPTER)
-    computes_with = checkpoint._adapter(module.module)
+    computes_with = find_trained(module.module)
     stale = []
     with checkpoint.gathered(p for p in computes_with.parameters.values() if p.numel() == 0):
         for name, live in (computes_with.parameters | computes_with.buffers).items():

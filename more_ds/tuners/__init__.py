@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from more_ds.tuners.bitfit import BitFitConfig
 from more_ds.tuners.dylora import DyLoraConfig
+from more_ds.tuners.full import FullConfig
 from more_ds.tuners.houlsby import HoulsbyConfig
 from more_ds.tuners.hydralora import HydraLoraConfig
 from more_ds.tuners.hyperformer import HyperFormerConfig
@@ -18,6 +19,7 @@ from more_ds.tuners.sora import SoRAConfig
 __all__ = [
     "BitFitConfig",
     "DyLoraConfig",
+    "FullConfig",
     "HoulsbyConfig",
     "HydraLoraConfig",
     "HyperFormerConfig",
