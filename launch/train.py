@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from more_ds import checkpoint, cli, log, plan, report
-from more_ds.after_step import AfterStep
 from more_ds.agreement import check_ranks, fingerprint
 from more_ds.checkpoint_files import read_state
 from more_ds.config import read_recipe
@@ -119,8 +118,9 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = start(model, config, ds_config, ranks)
     del sharding
+    run = Run(the_plan, ranks, folder, TextModel(engine, the_plan.encoder), stop)
     checkpoint.adapter_tensors(engine)  # what could not be saved later is refused now
-    return Run(the_plan, ranks, folder, TextModel(engine, the_plan.encoder), stop)
+    return run
 
 
 def train_on(run: Run) -> None:
@@ -158,7 +158,7 @@ def loop(run: Run) -> None:
         PreemptedError: a rank is to stop; what has been trained is not saved yet.
     """
     config, total, state = run.plan.config, run.plan.total_steps, run.progress
-    ledger, after_step = Ledger(run.plan.task_names, run.ranks), AfterStep(run.engine)
+    ledger = Ledger(run.plan.task_names, run.ranks)
     run.engine.train()
     with log.Progress(total, "training", initial=state.step) as bar:
         while True:
@@ -171,8 +171,8 @@ def loop(run: Run) -> None:
             rate = learning_rate(config, state.step, total)
             set_learning_rate(run.engine, rate)
             norm = take_step(run, ledger)
-            after_step()
             state.step += 1
+            run.after_step(state.step)
             stops, evaluates = run.stop.agreed(), run.evaluation_is_due()
             saves = config.save_steps is not None and state.step % config.save_steps == 0
             note = ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PolyConfig
+from peft import MultitaskPromptTuningConfig, PeftConfig, PeftModel, PolyConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -52,7 +52,8 @@ class Subject:
     @property
     def task_ids(self) -> dict[str, int]:
         """The number under which the adapter knows each task, by name; empty if it does not name its tasks."""
-        if isinstance(self.adapter_config, PolyConfig) and self.run:  # it has no place for names
+        # PEFT's own have no place for names.
+        if isinstance(self.adapter_config, (PolyConfig, MultitaskPromptTuningConfig)) and self.run:
             tasks = resolve_tasks(self.run["tasks"] or None, self.run["suite"], self.run["tasks_file"])
             return {task.name: i for i, task in enumerate(tasks)}
         return adapter_tasks(self.adapter_config)

@@ -20,7 +20,7 @@ from more_ds.data.sampler import BalancedSampler
 from more_ds.data.tokens import Tokens, tokenised
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError, suggest
-from more_ds.methods import adapter_config, check_together
+from more_ds.methods import adapter_config, check_given, check_together
 from more_ds.model import (
     attach,
     check_model,
@@ -125,12 +125,16 @@ def make(
     _check_weights(config, tasks)
     config = with_demo(config)
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
-    adapter = adapter_config(config.method, config.adapter, [task.name for task in tasks], model_config)
+    names = [task.name for task in tasks]
+    check_given(config.method, config.adapter)
+    adapter = adapter_config(config.method, config.adapter, names, model_config)
     check_together(
         config.method,
         gradient_checkpointing=config.gradient_checkpointing,
         encoder_decoder=model_config.is_encoder_decoder,
         quantization=config.quantization != "none",
+        fp16=dtype == "fp16",
+        zero3=zero_stage(ds_config) == 3,
     )
     virtual = getattr(adapter, "num_virtual_tokens", 0)
     check_model(model_config, dtype, virtual + config.max_source_length + config.max_target_length)
@@ -162,7 +166,7 @@ def make(
         test=_test_examples(config, tasks) if config.test else {},
         model_config=model_config,
         encoder=encoder,
-        adapter=adapter,
+        adapter=adapter_config(config.method, config.adapter, names, model_config, total),
         trainable=trainable,
         frozen=frozen,
         maps=maps,
@@ -205,6 +209,7 @@ def with_demo(config: RunConfig) -> RunConfig:
 
 def _check_weights(config: RunConfig, tasks: Sequence[Task]) -> None:
     names = [task.name for task in tasks]
+    check_given(config.method, config.adapter)
     unknown = [f"'{name}'{suggest(name, names)}" for name in config.sampling_weights if name not in names]
     missing = [name for name in names if name not in config.sampling_weights] if config.sampling_weights else []
     if unknown or missing:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from more_ds import checkpoint, log, report
+from more_ds.after_step import AfterStep
 from more_ds.checkpoint_files import base_identity, name_of, newest_sound
 from more_ds.collective import on_rank_zero
 from more_ds.compare.bootstrap import RESAMPLES
@@ -63,6 +64,7 @@ class Run:
         """Join the parts of a run; `text_model.module` is the DeepSpeed engine."""
         self.plan, self.ranks, self.folder, self.text_model, self.stop = plan, ranks, folder, text_model, stop
         self.engine: Any = text_model.module
+        self.after_step = AfterStep(self.engine)
         multiple = plan.config.pad_to_multiple_of or (8 if ranks.on_gpu else 1)
         collator = replace(text_model.collator, multiple=multiple)
         self.mixture = Mixture(plan.train, plan.sampler, plan.encoder, collator, plan.tokens)

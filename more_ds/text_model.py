@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel, PolyConfig
+from peft import AdaLoraConfig, MultitaskPromptTuningConfig, PeftModel, PolyConfig
 from torch import Tensor, nn
 
 from more_ds.data.collate import Batch, Collator, positions
 from more_ds.data.encoding import Encoder
 from more_ds.losses import label_nll
+from more_ds.tuners.adalora import orthogonality
 
 
 class TextModel:
@@ -36,15 +37,18 @@ class TextModel:
         start = getattr(self.config, "decoder_start_token_id", None)
         self.collator = Collator(encoder.pad_id, start if self.is_encoder_decoder else None)
         accepted = inspect.signature(base.forward).parameters
+        self.decoder_keys = ["decoder_input_ids", "decoder_attention_mask"]
         self.takes_positions = "position_ids" in accepted and not self.is_encoder_decoder
         self.keeps_logits = "logits_to_keep" in accepted
         adapter = self.peft.active_peft_config if isinstance(self.peft, PeftModel) else None
         self.trains_prompt = adapter is not None and adapter.is_prompt_learning
         if self.trains_prompt and self.takes_positions:
             base.register_forward_pre_hook(_count_positions, with_kwargs=True)
-        # PEFT's Poly takes task ids too, and nothing else of ours.
+        if isinstance(adapter, MultitaskPromptTuningConfig):
+            self.decoder_keys = ["labels"]  # PEFT drops the decoder's inputs; the model makes them of the labels
+        # PEFT's Poly and MPT take task ids too, and nothing else of ours.
         self.pools = bool(getattr(getattr(self.peft, "base_model", None), "routes_by_task", False))
-        self.routes_by_task = self.pools or isinstance(adapter, PolyConfig)
+        self.routes_by_task = self.pools or isinstance(adapter, (PolyConfig, MultitaskPromptTuningConfig))
 
     @property
     def peft(self) -> nn.Module:
@@ -84,6 +88,8 @@ class TextModel:
 
     def auxiliary_loss(self) -> Tensor | None:
         """The method's own loss of the last forward pass in training, weighted; None if it has none."""
+        if isinstance(self.peft, PeftModel) and isinstance(self.peft.active_peft_config, AdaLoraConfig):
+            return orthogonality(self.peft) if self.peft.training else None
         return getattr(getattr(self.peft, "base_model", None), "auxiliary_loss", None)
 
     def label_logits(self, batch: Batch) -> Tensor:
@@ -93,7 +99,7 @@ class TextModel:
         """
         length = batch["labels"].shape[1]
         if self.is_encoder_decoder:
-            keys = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+            keys = ["input_ids", "attention_mask", *self.decoder_keys]
             return self.module(**{key: batch[key] for key in keys}, **self.extras(batch), use_cache=False).logits
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")} | self.extras(batch)
         if self.takes_positions and not self.trains_prompt:
