@@ -22,6 +22,7 @@ from torch import Tensor
 from more_ds import checkpoint, cli, log, plan, report
 from more_ds.agreement import check_ranks, fingerprint
 from more_ds.checkpoint_files import read_state
+from more_ds.compose.sources import fill
 from more_ds.config import read_recipe
 from more_ds.data.mixture import MicroBatch
 from more_ds.ds_config import with_monitors
@@ -113,6 +114,8 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
     )
     torch.manual_seed(config.seed)
     model: Any = attach(base, the_plan.adapter)
+    if the_plan.sources:
+        fill(model, the_plan.sources)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -29,6 +29,7 @@ from more_ds.tuners import (
     HyperFormerConfig,
     MixLoraConfig,
     MoeLoraConfig,
+    MoleConfig,
     MoreConfig,
     MtlLoraConfig,
     MultiLoraConfig,
@@ -51,6 +52,7 @@ class Method:
         shares: options whose default is a share of that number, at least 1.
         fixed: options that make the method what it is, and that cannot be changed.
         defaults: options whose default is not the configuration's own.
+        derived: options that are read from those that are given.
         needs: options that must be given -> what they say, in words.
         refuses: what it cannot go with -> why, in words.
     """
@@ -63,6 +65,7 @@ class Method:
     shares: Mapping[str, float] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=lambda: ALL_LINEAR)
+    derived: tuple[str, ...] = ()
     needs: Mapping[str, str] = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
 
@@ -74,7 +77,7 @@ class Method:
     @property
     def options(self) -> set[str]:
         """Names of the options that can be set."""
-        return {f.name for f in fields(self.config) if f.init} - {*self.fixed, *self.tasks, self.steps}
+        return {f.name for f in fields(self.config) if f.init} - {*self.fixed, *self.tasks, *self.derived, self.steps}
 
 
 ALL_LINEAR: dict[str, Any] = {"target_modules": "all-linear"}
@@ -99,6 +102,14 @@ METHODS: dict[str, Method] = {
     "houlsby": Method(HoulsbyConfig, "bottlenecks after attention and FFN", "no", defaults={}),
     "hyperformer": Method(
         HyperFormerConfig, "networks that write every task's bottlenecks", "no", BY_NAME, defaults={}
+    ),
+    "mole": Method(
+        MoleConfig,
+        "finished LoRAs, weighed by gates in every block",
+        "no",
+        derived=("ranks", "target_modules"),
+        needs={"loras": "the LoRAs that it mixes"},
+        defaults={},
     ),
     "full": Method(
         FullConfig,

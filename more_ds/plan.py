@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from peft import PeftConfig
 
 from more_ds import demo
+from more_ds.compose.sources import Source, with_sources
 from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.data.rows import load_examples
@@ -57,6 +58,7 @@ class Plan:
         sampler: the sampling plan.
         total_steps: optimizer steps.
         eval_steps: optimizer steps between evaluations.
+        sources: the LoRAs that MoLE mixes; empty for other methods.
     """
 
     config: RunConfig
@@ -77,6 +79,7 @@ class Plan:
     sampler: BalancedSampler
     total_steps: int
     eval_steps: int
+    sources: Sequence[Source]
 
     @property
     def task_names(self) -> list[str]:
@@ -127,7 +130,8 @@ def make(
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
     names = [task.name for task in tasks]
     check_given(config.method, config.adapter)
-    adapter = adapter_config(config.method, config.adapter, names, model_config)
+    options, sources = with_sources(config)
+    adapter = adapter_config(config.method, options, names, model_config)
     check_together(
         config.method,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -166,13 +170,14 @@ def make(
         test=_test_examples(config, tasks) if config.test else {},
         model_config=model_config,
         encoder=encoder,
-        adapter=adapter_config(config.method, config.adapter, names, model_config, total),
+        adapter=adapter_config(config.method, options, names, model_config, total),
         trainable=trainable,
         frozen=frozen,
         maps=maps,
         sampler=sampler,
         total_steps=total,
         eval_steps=min(config.eval_steps or sampler.steps_per_epoch, total),
+        sources=sources,
     )
 
 
@@ -209,7 +214,6 @@ def with_demo(config: RunConfig) -> RunConfig:
 
 def _check_weights(config: RunConfig, tasks: Sequence[Task]) -> None:
     names = [task.name for task in tasks]
-    check_given(config.method, config.adapter)
     unknown = [f"'{name}'{suggest(name, names)}" for name in config.sampling_weights if name not in names]
     missing = [name for name in names if name not in config.sampling_weights] if config.sampling_weights else []
     if unknown or missing:

@@ -47,8 +47,10 @@ class TextModel:
         if isinstance(adapter, MultitaskPromptTuningConfig):
             self.decoder_keys = ["labels"]  # PEFT drops the decoder's inputs; the model makes them of the labels
         # PEFT's Poly and MPT take task ids too, and nothing else of ours.
-        self.pools = bool(getattr(getattr(self.peft, "base_model", None), "routes_by_task", False))
-        self.routes_by_task = self.pools or isinstance(adapter, (PolyConfig, MultitaskPromptTuningConfig))
+        tuner = getattr(self.peft, "base_model", None)
+        routes = bool(getattr(tuner, "routes_by_task", False))
+        self.pools = routes or bool(getattr(tuner, "pools_prompts", False))
+        self.routes_by_task = routes or isinstance(adapter, (PolyConfig, MultitaskPromptTuningConfig))
 
     @property
     def peft(self) -> nn.Module:
@@ -126,10 +128,9 @@ class TextModel:
         return loss if auxiliary is None else loss + auxiliary, total, auxiliary
 
     def extras(self, batch: Batch) -> dict[str, Tensor]:
-        """What a method that routes by task is told beside the base model's own inputs."""
-        if not self.routes_by_task:
-            return {}
-        return {key: batch[key] for key in ("task_ids", *["prompt_mask"] * self.pools) if key in batch}
+        """What a method that routes by task or reads the prompt is told beside the base model's own inputs."""
+        keys = [*["task_ids"] * self.routes_by_task, *["prompt_mask"] * self.pools]
+        return {key: batch[key] for key in keys if key in batch}
 
 
 def _count_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

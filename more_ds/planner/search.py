@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from more_ds.compose.sources import with_sources
 from more_ds.config import RunConfig
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError
@@ -82,7 +83,8 @@ class Subject:
         self.tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
         shape = model_config(config.model, config.revision)
         check_model(shape, self.dtype, config.max_source_length + config.max_target_length)
-        adapter = adapter_config(config.method, config.adapter, [task.name for task in self.tasks], shape)
+        options, _ = with_sources(config)
+        adapter = adapter_config(config.method, options, [task.name for task in self.tasks], shape)
         check_together(config.method, quantization=config.quantization != "none")
         torch_dtype = DTYPES[self.dtype]
         self.workload = Workload(

@@ -10,6 +10,7 @@ from more_ds.tuners.hydralora import HydraLoraConfig
 from more_ds.tuners.hyperformer import HyperFormerConfig
 from more_ds.tuners.mixlora import MixLoraConfig
 from more_ds.tuners.moelora import MoeLoraConfig
+from more_ds.tuners.mole import MoleConfig
 from more_ds.tuners.more import MoreConfig, MoreModel
 from more_ds.tuners.mtl_lora import MtlLoraConfig
 from more_ds.tuners.multilora import MultiLoraConfig
@@ -26,6 +27,7 @@ __all__ = [
     "HyperFormerConfig",
     "MixLoraConfig",
     "MoeLoraConfig",
+    "MoleConfig",
     "MoreConfig",
     "MoreModel",
     "MtlLoraConfig",
