@@ -39,7 +39,7 @@ def search(loss: Callable[[list[float]], float], count: int, evaluations: int, s
 
     Args:
         loss: of weights, on the examples.
-        count: number N of weights.
+        count: number N of weights, at least 2.
         evaluations: how often the loss is asked for.
         seed: of the search.
     """
@@ -50,7 +50,7 @@ def search(loss: Callable[[list[float]], float], count: int, evaluations: int, s
     best = [0.0] * count
     least, left = objective(best), evaluations - 1
     options = {"bounds": [-BOUND, BOUND], "seed": seed + 1, "verbose": -9}  # to cma, seed 0 is the clock
-    strategy: Any = cma.CMAEvolutionStrategy(best, SPREAD, options) if count > 1 else None
+    strategy: Any = cma.CMAEvolutionStrategy(best, SPREAD, options)
     while left > 0:
         tried = strategy.ask()
         values = [objective(weights) for weights in tried]

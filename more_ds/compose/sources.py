@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig
 
 from more_ds.checkpoint_files import base_identity
 from more_ds.config import RunConfig
@@ -24,14 +24,19 @@ class Source:
     Attributes:
         name: as the user wrote it.
         base: name or folder of the model that it was trained on.
-        config: the PEFT configuration of the adapter that it is from.
+        task_type: PEFT's, of the adapter that it is from.
         factors: A and B by the names of its maps; alpha / r is in B.
     """
 
     name: str
     base: str
-    config: PeftConfig
+    task_type: Any
     factors: Factors
+
+    @property
+    def config(self) -> LoraConfig:
+        """Of a LoRA that names every map in full: what is composed may have maps of several."""
+        return LoraConfig(task_type=self.task_type)
 
     @property
     def rank(self) -> int:
@@ -47,15 +52,16 @@ def read_source(name: str) -> Source:
     """
     folder, _, task = name.rpartition(":") if ":" in name and not Path(name).exists() else (name, "", "")
     subject = find_subject(folder)
+    if subject.adapter is None:
+        raise UserError(f"{name} holds no adapter; name a run, or a folder with an adapter_config.json")
     adapter = read_adapter(subject)
     names = list(adapter.task_names)
     if task and task not in names:
         raise UserError(f"{folder} knows no task '{task}'{suggest(task, names)}")
     if not task and len(names) > 1:
         raise UserError(f"{folder} knows {len(names)} tasks; name one of them: {folder}:{names[0]}")
-    assert subject.adapter_config is not None, "read_adapter refuses what has no adapter"
     factors = adapter.factors(names.index(task) if task else 0)
-    return Source(name, subject.base, subject.adapter_config, factors)
+    return Source(name, subject.base, adapter.config.task_type, factors)
 
 
 def read_sources(names: Sequence[str], model: str | None) -> list[Source]:
