@@ -3,6 +3,7 @@
     python launch/compose.py --loras runs/a runs/b runs/c --suite glue --tasks rte         MoLE: gates are trained
     deepspeed launch/compose.py --loras A B C --ds_config ds_configs/zero2.json ...        the same on several ranks
     python launch/compose.py --method lorahub --loras A B C --suite glue --tasks rte --shots 5
+    python launch/compose.py --method mask --loras RUN --only A,C --suite glue                a MoLE without the others
     python launch/compose.py --method ties --loras A B C --weights 0.5,0.25,0.25 --density 0.3 --suite glue
 
 A LoRA is a run, an adapter folder that PEFT reads, or FOLDER:TASK for a task of a MoRE; all are of one base model.
@@ -27,6 +28,7 @@ from launch import train
 from more_ds import cli, log
 from more_ds.checkpoint_files import to_json, write_file
 from more_ds.compose.lorahub import few_shot_loss, search
+from more_ds.compose.masking import masked
 from more_ds.compose.merging import KINDS, merge
 from more_ds.compose.sources import Source, aligned, read_sources, weighted_sum
 from more_ds.config import RunConfig, convert, read_recipe
@@ -43,7 +45,7 @@ from more_ds.stopping import Signals
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.text_model import TextModel
 
-METHODS = ("mole", "lorahub", *KINDS)
+METHODS = ("mole", "mask", "lorahub", *KINDS)
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    usage = "launch/compose.py --loras A B ... [--method mole|lorahub|cat|linear|ties|dare] [--KEY VALUE ...]"
+    usage = "launch/compose.py --loras A B ... [--method mole|mask|lorahub|cat|linear|ties|dare] [--KEY VALUE ...]"
     parser = cli.config_parser(__doc__ or "", usage)
     add = parser.add_argument
     add("--loras", nargs="+", default=[], metavar="LORA", help="runs, adapter folders, or FOLDER:TASK")
     add("--recipe", default="mole", help="recipe: a YAML file, or a name in launch/recipes")
+    add("--only", default="", help="of mask: the LoRAs of the MoLE that stay, by name or number from 0")
     add("--weights", help="of the LoRAs, in merging: numbers with commas; default: 1 / N each")
     add("--density", type=float, default=0.5, help="share of the values that ties and dare keep")
     add("--shots", type=cli.positive, default=5, help="training examples of each task that lorahub looks at")
@@ -102,9 +105,14 @@ def _job(arguments: argparse.Namespace, recipe: Mapping[str, Any], flags: dict[s
     if not 0 < arguments.density <= 1:
         raise UserError(f"--density is {arguments.density}; it must be above 0 and at most 1")
     config = cli.merged({k: v for k, v in recipe.items() if k not in ("method", "adapter")}, flags, "compose")
-    named = "model" in flags
-    sources = read_sources(arguments.loras, with_demo(config).model if named else None)
-    config = with_demo(config if named else replace(config, model=sources[0].base))
+    named = with_demo(config).model if "model" in flags else None
+    sources: list[Source] = []
+    if method == "mask":
+        base = find_subject(_the_mole(arguments), named).base
+    else:
+        sources = read_sources(arguments.loras, named)
+        base = sources[0].base
+    config = with_demo(replace(config, model=named or base))
     folder = Path(config.output_dir or default_path(method))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output_dir {folder} exists and holds something; name another folder")
@@ -113,26 +121,31 @@ def _job(arguments: argparse.Namespace, recipe: Mapping[str, Any], flags: dict[s
     return _Job(config, method, sources, tasks, folder, device)
 
 
+def _the_mole(arguments: argparse.Namespace) -> str:
+    if len(arguments.loras) != 1 or not arguments.only:
+        raise UserError("--method mask takes one trained MoLE and the LoRAs that stay: --loras RUN --only A,C")
+    return str(arguments.loras[0])
+
+
 def _compose(job: _Job, arguments: argparse.Namespace) -> None:
-    """Write the LoRA, and score it."""
-    weights = _weights(arguments.weights, len(job.sources))
+    """Write the adapter, and score it."""
+    weights = _weights(arguments.weights, len(job.sources)) if job.sources else []
     job.folder.mkdir(parents=True, exist_ok=True)
-    if job.method == "lorahub":
+    document: dict[str, Any] = {"method": job.method, "base_model": job.config.model}
+    if job.method == "mask":
+        document["only"] = masked(find_subject(arguments.loras[0]), arguments.only.split(","), job.folder)
+    elif job.method == "lorahub":
         weights = _search(job, arguments)
     else:
         base = _load(job, job.sources[0].base).module
         merge(base, job.sources, job.method, weights, arguments.density, job.config.seed, job.folder)
-    names = [source.name for source in job.sources]
-    document = {"method": job.method, "base_model": job.config.model, "weights": dict(zip(names, weights, strict=True))}
+    if job.sources:
+        document["weights"] = {source.name: weight for source, weight in zip(job.sources, weights, strict=True)}
+        rows = [[source.name, source.rank, weight] for source, weight in zip(job.sources, weights, strict=True)]
+        log.say("\n" + log.table(["LoRA", "rank", "weight"], rows))
     if job.method in ("ties", "dare"):
         document["density"] = arguments.density
     write_file(job.folder / "compose.json", to_json({**document, "versions": versions()}))
-    log.say(
-        "\n"
-        + log.table(
-            ["LoRA", "rank", "weight"], [[s.name, s.rank, w] for s, w in zip(job.sources, weights, strict=True)]
-        )
-    )
     if job.config.test:
         results = _score(job)
         about = {"subject": str(job.folder), "base_model": job.config.model, "versions": versions()}

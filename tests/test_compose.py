@@ -100,6 +100,18 @@ def test_what_was_composed_is_scored_again(trained: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "results.json").read_text())["base_model"].endswith("llama")
 
 
+def test_a_mole_masked_to_one_lora_is_that_lora(place: Path, loras: list[str], trained: Path, tmp_path: Path) -> None:
+    arguments = ["--recipe", str(place / "recipe.yaml"), "--method", "mask", "--loras", str(trained)]
+    assert compose.main([*arguments, "--only", loras[1], "--output_dir", str(tmp_path / "b"), "--test", "true"]) == 0
+    ids = torch.tensor([[5, 6, 7, 8]])
+    alone = PeftModel.from_pretrained(base_model("llama"), loras[1]).eval()(input_ids=ids).logits
+    found = PeftModel.from_pretrained(base_model("llama"), tmp_path / "b").eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "b" / "eval" / "test" / "results.json").is_file()
+    for wrong in (["--only", "7"], ["--loras", loras[0], "--only", "0"], []):
+        assert compose.main([*arguments, *wrong, "--output_dir", str(tmp_path / "other")]) == 2
+
+
 def test_tasks_of_a_more_are_loras(place: Path, loras: list[str]) -> None:
     sources = read_sources([f"{place / 'more'}:y", loras[0]], None)
     assert sources[0].rank <= 4
