@@ -29,6 +29,7 @@ from more_ds.ds_config import with_monitors
 from more_ds.engine import Ranks, in_touch, learning_rate, set_learning_rate, shard_while_loading, start, step
 from more_ds.errors import NonFiniteError, PreemptedError, UserError
 from more_ds.ledger import Ledger
+from more_ds.loading import start_from
 from more_ds.method_table import LIST, method_table
 from more_ds.model import attach, load_base
 from more_ds.rendezvous import from_slurm
@@ -114,6 +115,8 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
     )
     torch.manual_seed(config.seed)
     model: Any = attach(base, the_plan.adapter)
+    if config.init_adapter is not None:
+        start_from(model, config.init_adapter)
     if the_plan.sources:
         fill(model, the_plan.sources)
     if config.gradient_checkpointing:

@@ -39,6 +39,7 @@ class RunConfig:
     # The method
     method: str = _option("more", "how to fine-tune: " + ", ".join(METHODS) + "; `list` describes them")
     adapter: dict[str, Any] = _option({}, "options of the method, e.g. --adapter.r 8 --adapter.gate soft")
+    init_adapter: str | None = _option(None, "run or adapter folder of the same method, whose values it starts from")
     # The tasks
     suite: list[str] = _option([], "suites that come with the package, e.g. glue")
     tasks: list[str] = _option([], "which of their tasks; empty: all")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import MultitaskPromptTuningConfig, PeftConfig, PeftModel, PolyConfig
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -195,6 +195,32 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> PeftM
             f"note: every B of the adapter {folder} is zero, so it changes nothing: what is scored is the base model"
         )
     return adapted
+
+
+def start_from(model: PeftModel, name: str) -> None:
+    """Give a fresh adapter the values of a trained one of the same shape.
+
+    Args:
+        model: with the fresh adapter.
+        name: a run or an adapter folder.
+
+    Raises:
+        UserError: its tensors are not those of the fresh adapter.
+    """
+    folder = find_subject(name).adapter or Path(name)
+    saved = read_weights(folder)
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = sorted(
+        k for k in live.keys() | saved.keys() if k not in live or k not in saved or live[k].shape != saved[k].shape
+    )
+    if wrong:
+        key = wrong[0]
+        shapes = [tuple(found[key].shape) if key in found else "missing" for found in (saved, live)]
+        raise UserError(
+            f"init_adapter {name}: {len(wrong)} tensors differ in shape, e.g. {key}: {shapes[0]} there, {shapes[1]} "
+            "here; start from an adapter of the same method and options"
+        )
+    set_peft_model_state_dict(model, saved)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

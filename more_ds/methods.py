@@ -35,7 +35,6 @@ from more_ds.tuners import (
     MultiLoraConfig,
     SMoRAConfig,
     SoRAConfig,
-    SpotConfig,
 )
 
 
@@ -53,7 +52,7 @@ class Method:
         fixed: options that make the method what it is, and that cannot be changed.
         defaults: options whose default is not the configuration's own.
         derived: options that are read from those that are given.
-        needs: options that must be given -> what they say, in words.
+        needs: keys or options that must be given -> what they say, in words.
         refuses: what it cannot go with -> why, in words.
     """
 
@@ -149,12 +148,12 @@ METHODS: dict[str, Method] = {
         defaults={"num_virtual_tokens": 100},
     ),
     "spot": Method(
-        SpotConfig,
+        PromptTuningConfig,
         "prompt tuning that starts from a prompt trained on another task",
         "no",
         fixed={**ENCODER_PROMPT, "prompt_tuning_init": "RANDOM"},
         defaults={"num_virtual_tokens": 100},
-        needs={"source": "the run whose prompt it starts from"},
+        needs={"init_adapter": "a trained prompt to start from"},
     ),
     "p_tuning": Method(
         PromptEncoderConfig,
@@ -234,15 +233,16 @@ def check_method(method: str, options: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
-def check_given(method: str, options: Mapping[str, Any]) -> None:
-    """Refuse a method without an option that it needs.
+def check_given(method: str, given: Mapping[str, Any]) -> None:
+    """Refuse a method without a key, or an option, that it needs; `given` are those of the run, by name.
 
     Raises:
-        UserError: naming the option.
+        UserError: naming it.
     """
     for name, what in METHODS[method].needs.items():
-        if options.get(name) is None:
-            raise UserError(f"{method} needs {what}: --adapter.{name} ...")
+        if not given.get(name):
+            flag = f"adapter.{name}" if name in METHODS[method].options else name
+            raise UserError(f"{method} needs {what}: --{flag} ...")
 
 
 def check_together(method: str, **conditions: bool) -> None:

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from more_ds.errors import UserError
 from more_ds.tuners.base import UPDATE
 from more_ds.tuners.full import FullConfig
-from more_ds.tuners.spot import SpotConfig, start_from_source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Name of a number format -> torch's."""
@@ -146,10 +145,7 @@ def attach(model: nn.Module, adapter: PeftConfig) -> nn.Module:
     if isinstance(adapter, FullConfig):
         return model.requires_grad_(True)
     try:
-        adapted = get_peft_model(model, adapter)
-        if isinstance(adapter, SpotConfig):
-            start_from_source(adapted, adapter)
-        return adapted
+        return get_peft_model(model, adapter)
     except (ValueError, TypeError) as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         reason = str(error).splitlines()[0]

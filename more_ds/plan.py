@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from peft import PeftConfig
 
 from more_ds import demo
-from more_ds.compose.sources import Source, with_sources
+from more_ds.compose.sources import Source, identity, with_sources
 from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.data.rows import load_examples
@@ -21,6 +21,7 @@ from more_ds.data.sampler import BalancedSampler
 from more_ds.data.tokens import Tokens, tokenised
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError, suggest
+from more_ds.loading import find_subject
 from more_ds.methods import adapter_config, check_given, check_together
 from more_ds.model import (
     attach,
@@ -129,7 +130,8 @@ def make(
     config = with_demo(config)
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
     names = [task.name for task in tasks]
-    check_given(config.method, config.adapter)
+    check_given(config.method, {"init_adapter": config.init_adapter, **config.adapter})
+    _check_start(config)
     options, sources = with_sources(config)
     adapter = adapter_config(config.method, options, names, model_config)
     check_together(
@@ -210,6 +212,18 @@ def with_demo(config: RunConfig) -> RunConfig:
     if config.data_dir is None and "demo" in config.suite:
         config = replace(config, data_dir=str(demo.prepare_data()))
     return config
+
+
+def _check_start(config: RunConfig) -> None:
+    """Refuse to start from what is no adapter, or one of another base model."""
+    if config.init_adapter is None:
+        return
+    subject = find_subject(config.init_adapter)
+    if subject.adapter is None or config.method in ("full", "mole"):
+        what = f"{config.init_adapter} holds none" if subject.adapter is None else f"{config.method} has none"
+        raise UserError(f"init_adapter names an adapter to start from, and {what}; leave it out")
+    if identity(subject.base) != identity(config.model):
+        raise UserError(f"init_adapter {config.init_adapter} was trained on {subject.base}, and not on {config.model}")
 
 
 def _check_weights(config: RunConfig, tasks: Sequence[Task]) -> None:

@@ -24,7 +24,6 @@ from more_ds.methods import adapter_config
 from more_ds.model import attach
 from more_ds.text_model import TextModel
 from more_ds.tuners.adalora import orthogonality
-from more_ds.tuners.spot import read_prompt
 
 __all__ = ["place"]
 
@@ -156,16 +155,19 @@ def test_zero3_is_refused(place: Path, capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_spot_starts_from_the_sources_prompt(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    source = trained(place, tmp_path / "source", "prompt_tuning", "--adapter.num_virtual_tokens", "3")
-    options = ["--adapter.source", str(source), "--learning_rate", "1e-30"]
-    started = trained(place, tmp_path / "spot", "spot", "--adapter.num_virtual_tokens", "3", *options)
-    torch.testing.assert_close(adapter(started)["prompt_embeddings"], read_prompt(str(source)), rtol=0, atol=0)
-    assert "source" not in (started / "last" / "adapter_config.json").read_text()
-    assert train.main(argv(place, "spot")) == 2
-    assert train.main(argv(place, "spot", *options)) == 2
+    size = ["--adapter.num_virtual_tokens", "3"]
+    source = trained(place, tmp_path / "source", "prompt_tuning", *size)
+    options = ["--init_adapter", str(source), "--learning_rate", "1e-30"]
+    started = trained(place, tmp_path / "spot", "spot", *size, *options)
+    prompts = [load_file(run / "best" / "adapter_model.safetensors")["prompt_embeddings"] for run in (source, started)]
+    assert torch.equal(*prompts)
+    assert train.main(argv(place, "spot", *size)) == 2
+    assert train.main(argv(place, "spot", *options, "--output_dir", str(tmp_path / "other"))) == 2
+    assert train.main(argv(place, "full", *options)) == 2
+    assert train.main(argv(place, "spot", "--init_adapter", str(place / "llama"))) == 2
     error = capfd.readouterr().err
-    assert "spot needs the run" in error
-    assert "set adapter.num_virtual_tokens to 3" in error
+    for message in ("spot needs a trained prompt", "(3, 16) there, (100, 16) here", "full has none", "holds none"):
+        assert message in error
 
 
 def test_mpt_multiplies_the_shared_prompt_by_each_tasks_matrix() -> None:

@@ -79,7 +79,7 @@ def read_sources(names: Sequence[str], model: str | None) -> list[Source]:
     sources = [read_source(name) for name in names]
     wanted = model or sources[0].base
     for source in sources:
-        if _identity(source.base) != _identity(wanted):
+        if identity(source.base) != identity(wanted):
             raise UserError(
                 f"the LoRA {source.name} was trained on {source.base}, and not on {wanted}; LoRAs go together on one "
                 "base model; if it has moved, correct base_model_name_or_path in its adapter_config.json"
@@ -87,7 +87,7 @@ def read_sources(names: Sequence[str], model: str | None) -> list[Source]:
     return sources
 
 
-def _identity(model: str) -> str:
+def identity(model: str) -> str:
     """What tells a base model from another: its weights where they are at hand, else its name."""
     try:
         return str(base_identity(model)["sha256"])

@@ -16,7 +16,6 @@ from more_ds.tuners.mtl_lora import MtlLoraConfig
 from more_ds.tuners.multilora import MultiLoraConfig
 from more_ds.tuners.smora import SMoRAConfig
 from more_ds.tuners.sora import SoRAConfig
-from more_ds.tuners.spot import SpotConfig
 
 __all__ = [
     "BitFitConfig",
@@ -34,5 +33,4 @@ __all__ = [
     "MultiLoraConfig",
     "SMoRAConfig",
     "SoRAConfig",
-    "SpotConfig",
 ]
