@@ -25,6 +25,7 @@ from more_ds.checkpoint_files import read_state
 from more_ds.compose.sources import fill
 from more_ds.config import read_recipe
 from more_ds.data.mixture import MicroBatch
+from more_ds.distillation import Distillation
 from more_ds.ds_config import with_monitors
 from more_ds.engine import Ranks, in_touch, learning_rate, set_learning_rate, shard_while_loading, start, step
 from more_ds.errors import NonFiniteError, PreemptedError, UserError
@@ -124,7 +125,10 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = start(model, config, ds_config, ranks)
     del sharding
-    run = Run(the_plan, ranks, folder, TextModel(engine, the_plan.encoder), stop)
+    text_model = TextModel(engine, the_plan.encoder)
+    if the_plan.teachers is not None:
+        text_model.distillation = Distillation(text_model, the_plan.teachers)
+    run = Run(the_plan, ranks, folder, text_model, stop)
     checkpoint.adapter_tensors(engine)  # what could not be saved later is refused now
     return run
 

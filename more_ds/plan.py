@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig
+from torch import Tensor
 
 from more_ds import demo
 from more_ds.compose.sources import Source, identity, with_sources
@@ -19,6 +20,7 @@ from more_ds.data.encoding import Encoder
 from more_ds.data.rows import load_examples
 from more_ds.data.sampler import BalancedSampler
 from more_ds.data.tokens import Tokens, tokenised
+from more_ds.distillation import read_teachers
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError, suggest
 from more_ds.loading import find_subject
@@ -60,6 +62,7 @@ class Plan:
         total_steps: optimizer steps.
         eval_steps: optimizer steps between evaluations.
         sources: the LoRAs that MoLE mixes; empty for other methods.
+        teachers: prompts, (tasks, length, width), that MPT is taught by; None: it has no teachers.
     """
 
     config: RunConfig
@@ -81,6 +84,7 @@ class Plan:
     total_steps: int
     eval_steps: int
     sources: Sequence[Source]
+    teachers: Tensor | None
 
     @property
     def task_names(self) -> list[str]:
@@ -142,6 +146,11 @@ def make(
         fp16=dtype == "fp16",
         zero3=zero_stage(ds_config) == 3,
     )
+    teachers = None
+    if config.distill_from is not None:
+        if config.method != "mpt":
+            raise UserError(f"distill_from names the teachers of mpt, and the method is {config.method}; leave it out")
+        teachers = read_teachers(config.distill_from, names, adapter.num_virtual_tokens)  # type: ignore[attr-defined]
     virtual = getattr(adapter, "num_virtual_tokens", 0)
     check_model(model_config, dtype, virtual + config.max_source_length + config.max_target_length)
     encoder = Encoder(
@@ -180,6 +189,7 @@ def make(
         total_steps=total,
         eval_steps=min(config.eval_steps or sampler.steps_per_epoch, total),
         sources=sources,
+        teachers=teachers,
     )
 
 

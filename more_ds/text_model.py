@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from more_ds.data.encoding import Encoder
 from more_ds.losses import label_nll
 from more_ds.tuners.adalora import orthogonality
 
+if TYPE_CHECKING:
+    from more_ds.distillation import Distillation
+
 
 class TextModel:
     """A model, its tokeniser's conventions and its batches, behind one way to call them.
@@ -25,6 +28,7 @@ class TextModel:
         module: what is called: the (PEFT) model, or the DeepSpeed engine around it.
         encoder: text to token ids.
         collator: token ids to tensors.
+        distillation: teachers, whose loss is added in training; None: there are none.
     """
 
     def __init__(self, module: nn.Module, encoder: Encoder) -> None:
@@ -50,6 +54,7 @@ class TextModel:
         tuner = getattr(self.peft, "base_model", None)
         routes = bool(getattr(tuner, "routes_by_task", False))
         self.pools = routes or bool(getattr(tuner, "pools_prompts", False))
+        self.distillation: Distillation | None = None
         self.routes_by_task = routes or isinstance(adapter, (PolyConfig, MultitaskPromptTuningConfig))
 
     @property
@@ -122,8 +127,11 @@ class TextModel:
             The loss to go backward from, the sum over the label tokens in nats, and the method's own part, weighted;
             None if it has none.
         """
-        nll, _ = label_nll(self.label_logits(batch), batch["labels"])
+        logits = self.label_logits(batch)
+        nll, _ = label_nll(logits, batch["labels"])
         total, auxiliary = nll.sum(), self.auxiliary_loss()
+        if self.distillation is not None:
+            auxiliary = self.distillation.loss(logits, batch)
         loss = total * weight
         return loss if auxiliary is None else loss + auxiliary, total, auxiliary
 
