@@ -22,7 +22,6 @@ from torch import Tensor
 from more_ds import checkpoint, cli, log, plan, report
 from more_ds.agreement import check_ranks, fingerprint
 from more_ds.checkpoint_files import read_state
-from more_ds.compose.sources import fill
 from more_ds.config import read_recipe
 from more_ds.data.mixture import MicroBatch
 from more_ds.distillation import Distillation
@@ -118,8 +117,8 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
     model: Any = attach(base, the_plan.adapter)
     if config.init_adapter is not None:
         start_from(model, config.init_adapter)
-    if the_plan.sources:
-        fill(model, the_plan.sources)
+    if the_plan.fill is not None:
+        the_plan.fill(model)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

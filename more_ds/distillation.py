@@ -22,16 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from more_ds.errors import UserError
-from more_ds.loading import find_subject, read_weights
 from more_ds.losses import IGNORED
 from more_ds.numerics import at_least_float32
+from more_ds.prompts import read_prompts
 
 if TYPE_CHECKING:
     from more_ds.text_model import TextModel
 
 WEIGHT = 0.9
-PROMPT = "prompt_embeddings"
-"""PEFT's name of a prompt in an adapter's file."""
 
 
 def read_teachers(folder: str, task_names: Sequence[str], length: int) -> Tensor:
@@ -45,17 +43,10 @@ def read_teachers(folder: str, task_names: Sequence[str], length: int) -> Tensor
     Raises:
         UserError: a task has no run there, or one without a prompt of this length.
     """
-    prompts = []
     for name in task_names:
         if not Path(folder, name).is_dir():
             raise UserError(f"distill_from {folder} has no run '{name}'; train one: launch/single.py")
-        adapter = find_subject(str(Path(folder, name))).adapter
-        prompt = {} if adapter is None else read_weights(adapter)
-        if PROMPT not in prompt or len(prompt[PROMPT]) != length:
-            found = f"a prompt of {len(prompt[PROMPT])} vectors" if PROMPT in prompt else "no prompt"
-            raise UserError(f"{folder}/{name} holds {found}; a teacher is a run of prompt_tuning with {length} vectors")
-        prompts.append(prompt[PROMPT])
-    return torch.stack(prompts)
+    return read_prompts([str(Path(folder, name)) for name in task_names], length)[0]
 
 
 class Distillation:

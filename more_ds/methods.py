@@ -21,6 +21,7 @@ from peft import (
 
 from more_ds.errors import UserError, suggest
 from more_ds.tuners import (
+    AttemptConfig,
     BitFitConfig,
     DyLoraConfig,
     FullConfig,
@@ -169,6 +170,14 @@ METHODS: dict[str, Method] = {
         ("num_tasks", None),
         fixed=ENCODER_PROMPT,
         defaults={"num_virtual_tokens": 100},
+    ),
+    "attempt": Method(
+        AttemptConfig,
+        "prompts mixed for every example of finished ones and one of its task",
+        "no",
+        BY_NAME,
+        defaults={},
+        needs={"sources": "the trained prompts that it mixes"},
     ),
     "prefix_tuning": Method(
         PrefixTuningConfig,

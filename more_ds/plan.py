@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from more_ds import demo
-from more_ds.compose.sources import Source, identity, with_sources
+from more_ds.compose.sources import identity, with_sources
 from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.data.rows import load_examples
@@ -61,7 +61,7 @@ class Plan:
         sampler: the sampling plan.
         total_steps: optimizer steps.
         eval_steps: optimizer steps between evaluations.
-        sources: the LoRAs that MoLE mixes; empty for other methods.
+        fill: puts into the fresh adapter what it is made of (MoLE, ATTEMPT); None for other methods.
         teachers: prompts, (tasks, length, width), that MPT is taught by; None: it has no teachers.
     """
 
@@ -83,7 +83,7 @@ class Plan:
     sampler: BalancedSampler
     total_steps: int
     eval_steps: int
-    sources: Sequence[Source]
+    fill: Callable[[Any], None] | None
     teachers: Tensor | None
 
     @property
@@ -136,7 +136,7 @@ def make(
     names = [task.name for task in tasks]
     check_given(config.method, {"init_adapter": config.init_adapter, **config.adapter})
     _check_start(config)
-    options, sources = with_sources(config)
+    options, fill = with_sources(config)
     adapter = adapter_config(config.method, options, names, model_config)
     check_together(
         config.method,
@@ -188,7 +188,7 @@ def make(
         sampler=sampler,
         total_steps=total,
         eval_steps=min(config.eval_steps or sampler.steps_per_epoch, total),
-        sources=sources,
+        fill=fill,
         teachers=teachers,
     )
 

@@ -127,5 +127,5 @@ def test_what_cannot_teach_is_refused(place: Path, teachers: Path, capfd: pytest
         assert train.main(argv(place, method, *options)) == 2
     error = capfd.readouterr().err
     assert "has no run 'parity'" in error
-    assert "holds a prompt of 3 vectors; a teacher is a run of prompt_tuning with 100" in error
+    assert "holds a prompt of 3 vectors; a run of prompt_tuning with 100 vectors is needed" in error
     assert "the method is lora" in error

@@ -35,11 +35,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "spot": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 3},
     "mpt": {"num_virtual_tokens": 3},
+    "attempt": {"num_virtual_tokens": 3, "sources": ["x", "y"], "attention_dim": 5, "temperature": 2.0},
     "adalora": {"init_r": 4, "target_r": 2},
 }
 STARTS_ELSEWHERE = {
     "houlsby": 0.1, "hyperformer": 1.0, "prompt_tuning": None, "prefix_tuning": None, "spot": None, "p_tuning": None,
-    "mpt": None,
+    "mpt": None, "attempt": None,
 }  # fmt: skip
 """Methods whose start is not the base model: how far they may be, None for anywhere."""
 

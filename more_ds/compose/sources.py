@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from more_ds.config import RunConfig
 from more_ds.errors import UserError, suggest
 from more_ds.export.factors import Factors, read_adapter
 from more_ds.loading import find_subject
+from more_ds.prompts import read_prompts
+from more_ds.tuners.attempt import AttemptConfig
 
 
 @dataclass(frozen=True)
@@ -110,23 +113,36 @@ def aligned(sources: Sequence[Source]) -> list[Factors]:
     return found
 
 
-def with_sources(config: RunConfig) -> tuple[dict[str, Any], list[Source]]:
-    """The options of a run's method and, for MoLE, the LoRAs that it mixes, whose shapes are added to the options.
+def with_sources(config: RunConfig) -> tuple[dict[str, Any], Callable[[Any], None] | None]:
+    """The options of a run's method and what fills its fresh adapter: MoLE's LoRAs, ATTEMPT's prompts, or None.
+
+    MoLE's options get the shapes of its LoRAs.
 
     Raises:
-        UserError: what `read_sources` refuses.
+        UserError: what is named is not there, damaged, or of another base model.
     """
     options = dict(config.adapter)
-    if config.method != "mole" or not options.get("loras"):
-        return options, []
-    names = options["loras"].split(",") if isinstance(options["loras"], str) else list(options["loras"])
-    sources = read_sources(names, config.model)
-    maps = sorted({name for source in sources for name in source.factors})
-    ranks = [source.rank for source in sources]
-    return {**options, "loras": names, "ranks": ranks, "target_modules": maps}, sources
+    if config.method == "mole" and options.get("loras"):
+        names = _names(options["loras"])
+        sources = read_sources(names, config.model)
+        maps = sorted({name for source in sources for name in source.factors})
+        ranks = [source.rank for source in sources]
+        return {**options, "loras": names, "ranks": ranks, "target_modules": maps}, partial(_fill_loras, sources)
+    if config.method == "attempt" and options.get("sources"):
+        names = _names(options["sources"])
+        prompts, bases = read_prompts(names, options.get("num_virtual_tokens", AttemptConfig.num_virtual_tokens))
+        for name, base in zip(names, bases, strict=True):
+            if identity(base) != identity(config.model):
+                raise UserError(f"the prompt {name} was trained on {base}, and not on {config.model}")
+        return {**options, "sources": names}, lambda model: model.base_model.put(prompts)
+    return options, None
 
 
-def fill(model: Any, sources: Sequence[Source]) -> None:
+def _names(given: Any) -> list[str]:
+    return given.split(",") if isinstance(given, str) else list(given)
+
+
+def _fill_loras(sources: Sequence[Source], model: Any) -> None:
     """Put the LoRAs in their places in a fresh MoLE.
 
     Raises:

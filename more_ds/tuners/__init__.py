@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from more_ds.tuners.attempt import AttemptConfig
 from more_ds.tuners.bitfit import BitFitConfig
 from more_ds.tuners.dylora import DyLoraConfig
 from more_ds.tuners.full import FullConfig
@@ -18,6 +19,7 @@ from more_ds.tuners.smora import SMoRAConfig
 from more_ds.tuners.sora import SoRAConfig
 
 __all__ = [
+    "AttemptConfig",
     "BitFitConfig",
     "DyLoraConfig",
     "FullConfig",
