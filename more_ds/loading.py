@@ -22,6 +22,7 @@ from more_ds.errors import UserError
 from more_ds.model import check_model, load_base, load_tokenizer, read_model_config
 from more_ds.tasks import resolve_tasks
 from more_ds.text_model import TextModel
+from more_ds.trained import find_trained
 
 SLOTS = ("best", "last")
 """Where a run keeps its adapters, the better one first."""
@@ -200,6 +201,8 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> PeftM
 def start_from(model: PeftModel, name: str) -> None:
     """Give a fresh adapter the values of a trained one of the same shape.
 
+    On the meta device there is nothing to give: the shapes alone are compared.
+
     Args:
         model: with the fresh adapter.
         name: a run or an adapter folder.
@@ -207,20 +210,20 @@ def start_from(model: PeftModel, name: str) -> None:
     Raises:
         UserError: its tensors are not those of the fresh adapter.
     """
-    folder = find_subject(name).adapter or Path(name)
-    saved = read_weights(folder)
-    live = get_peft_model_state_dict(model, save_embedding_layers=False)
-    wrong = sorted(
-        k for k in live.keys() | saved.keys() if k not in live or k not in saved or live[k].shape != saved[k].shape
-    )
+    saved = read_weights(find_subject(name).adapter or Path(name))
+    trained = find_trained(model)
+    own = {**trained.parameters, **trained.buffers}
+    live = {name: value for name, value in own.items() if name not in trained.aside}
+    there, here = ({key: tuple(value.shape) for key, value in tensors.items()} for tensors in (saved, live))
+    wrong = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     if wrong:
         key = wrong[0]
-        shapes = [tuple(found[key].shape) if key in found else "missing" for found in (saved, live)]
         raise UserError(
-            f"init_adapter {name}: {len(wrong)} tensors differ in shape, e.g. {key}: {shapes[0]} there, {shapes[1]} "
-            "here; start from an adapter of the same method and options"
+            f"init_adapter {name}: {len(wrong)} tensors differ, e.g. {key}: {there.get(key, 'missing')} there, "
+            f"{here.get(key, 'missing')} here; start from an adapter of the same method and options"
         )
-    set_peft_model_state_dict(model, saved)
+    if not any(value.is_meta for value in live.values()):
+        set_peft_model_state_dict(model, saved)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

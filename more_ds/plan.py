@@ -23,7 +23,7 @@ from more_ds.data.tokens import Tokens, tokenised
 from more_ds.distillation import read_teachers
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError, suggest
-from more_ds.loading import find_subject
+from more_ds.loading import find_subject, start_from
 from more_ds.methods import adapter_config, check_given, check_together
 from more_ds.model import (
     attach,
@@ -160,7 +160,7 @@ def make(
         max_target_length=config.max_target_length,
     )
     _check_vocabulary(encoder, model_config)
-    trainable, frozen, maps = count(model_config, adapter, trust_remote_code)
+    trainable, frozen, maps = count(model_config, adapter, trust_remote_code, config.init_adapter)
     train = [expand(_load(config, task, "train", config.train_limit)) for task in tasks]
     validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
     _check_targets(encoder, train)
@@ -286,11 +286,13 @@ def _test_examples(config: RunConfig, tasks: Sequence[Task]) -> dict[str, dict[s
 
 
 def count(
-    model_config: Any, adapter: PeftConfig, trust_remote_code: bool
+    model_config: Any, adapter: PeftConfig, trust_remote_code: bool, init_adapter: str | None = None
 ) -> tuple[dict[str, int], int, dict[str, int]]:
     """Trainable parameters by kind, frozen parameters, and adapted maps by name, from shapes alone."""
     with init_empty_weights(), torch.random.fork_rng():
-        model = attach(without_weights(model_config, trust_remote_code), adapter)
+        model: Any = attach(without_weights(model_config, trust_remote_code), adapter)
+    if init_adapter is not None:
+        start_from(model, init_adapter)  # in shape alone
     trainable = parameters_by_kind(model)
     # Methods that train a prompt wrap no modules, and have no tuner.
     targeted: list[str] = getattr(getattr(model, "base_model", model), "targeted_module_names", [])
