@@ -102,20 +102,24 @@ def teachers(place: Path) -> Path:
     return place / "teachers"
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_is_taught(place: Path, teachers: Path, tmp_path: Path, world: int) -> None:
-    arguments = [*SIZE, "--ds_config", str(DS_CONFIGS / "zero2.json")]
-    for name, extra, ranks in (
-        ("alone", [], 1),
-        ("taught", ["--distill_from", str(teachers)], 1),
-        ("ranks", ["--distill_from", str(teachers)], world),
-    ):
-        output = ["--output_dir", str(tmp_path / name), *extra]
-        assert run_ranks(lambda _, o=output: train.main(argv(place, "mpt", *arguments, *o)), ranks) == [0] * ranks
-    assert all(row["loss_auxiliary"] > 0 for row in losses(tmp_path / "taught"))
-    alone, taught = adapter(tmp_path / "alone"), adapter(tmp_path / "taught")
-    assert not torch.equal(alone["prompt_embeddings"], taught["prompt_embeddings"])
-    assert_same_run(tmp_path / "taught", tmp_path / "ranks")
+def run(place: Path, output: Path, world: int, *extra: str) -> Path:
+    arguments = [*SIZE, "--ds_config", str(DS_CONFIGS / "zero2.json"), "--output_dir", str(output), *extra]
+    assert run_ranks(lambda _: train.main(argv(place, "mpt", *arguments)), world) == [0] * world
+    return output
+
+
+def test_a_run_is_taught(place: Path, teachers: Path, tmp_path: Path) -> None:
+    taught = run(place, tmp_path / "taught", 2, "--distill_from", str(teachers))
+    assert all(row["loss_auxiliary"] > 0 for row in losses(taught))
+    assert adapter(taught)["prefix_task_rows"].shape == (3, 1, 16)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_taught_as_one_process(place: Path, teachers: Path, tmp_path: Path) -> None:
+    one, two = (run(place, tmp_path / str(n), n, "--distill_from", str(teachers)) for n in (1, 2))
+    assert_same_run(one, two)
+    alone = run(place, tmp_path / "alone", 1)
+    assert not torch.equal(adapter(alone)["prompt_embeddings"], adapter(one)["prompt_embeddings"])
 
 
 def test_what_cannot_teach_is_refused(place: Path, teachers: Path, capfd: pytest.CaptureFixture[str]) -> None:

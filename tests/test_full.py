@@ -98,6 +98,7 @@ def test_it_is_scored_and_answers_as_what_it_is(place: Path, trained: Path, tmp_
     assert eval_run.main([str(trained), "--base_model", str(place / "llama")]) == 2
 
 
+@pytest.mark.slow
 def test_t5_with_tied_embeddings_comes_back_whole(place: Path, tmp_path: Path) -> None:
     output = run(place, tmp_path / "run", model="t5")
     loaded, info = AutoModelForSeq2SeqLM.from_pretrained(output / "last", output_loading_info=True)

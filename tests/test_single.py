@@ -61,6 +61,7 @@ def test_every_task_gets_a_run_and_the_scores_are_together(
     assert len(commands) == count, "what is finished is not trained again"
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_from_adapter_to_adapter(place: Path, tmp_path: Path, commands: list[list[str]]) -> None:
     chain = tmp_path / "chain"
     options = ["--sequential", "--learning_rate=1e-30", "--tasks=parity,copy"]
