@@ -48,7 +48,9 @@ def find_trained(model: nn.Module) -> Trained:
     full_names = {id(tensor): name for name, tensor in whole.items()}
     # A tied weight has several names: the first one is kept, the model knows the others.
     saved = _saved(model, whole) if isinstance(model, PeftModel) else _unique(whole)
-    further = _further(model, whole, saved)
+    further = _further(model, whole)
+    aside = {id(tensor) for tensor in further.values()}
+    saved = {name: tensor for name, tensor in saved.items() if id(tensor) not in aside}
     held = {id(tensor) for tensor in (saved | further).values()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:
@@ -92,12 +94,12 @@ def _unique(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole[name] for name in seen.values()}
 
 
-def _further(model: nn.Module, whole: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _further(model: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What training alone needs: P-tuning's encoder, and the state of methods between the steps."""
     prefixes = [f"{name}." for name, module in model.named_modules() if getattr(module, "is_training_state", False)]
     if isinstance(model, PeftModel) and isinstance(model.active_peft_config, PromptEncoderConfig):
         prefixes.append(f"prompt_encoder.{model.active_adapter}.")
-    return {key: tensor for key, tensor in whole.items() if key not in saved and key.startswith(tuple(prefixes))}
+    return {key: tensor for key, tensor in whole.items() if key.startswith(tuple(prefixes))}
 
 
 def _writer(model: nn.Module, aside: frozenset[str]) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:

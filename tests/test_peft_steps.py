@@ -14,6 +14,7 @@ from test_methods_peft import argv, place
 from test_training import DS_CONFIGS, adapter, assert_same_run, stop_after_the_first_checkpoint
 from tiny_models import base_model, tokenizer
 
+from eval import run as eval_run
 from launch import train
 from more_ds.after_step import AfterStep
 from more_ds.config import RunConfig
@@ -147,6 +148,8 @@ def test_two_ranks_equal_one_process(place: Path, tmp_path: Path) -> None:
     assert_same_run(one, trained(place, tmp_path / "two", "adalora", *SMALL, world=2))
     lambdas = [value for name, value in adapter(one).items() if "lora_E" in name]
     assert sum(int((value == 0).sum()) for value in lambdas) == 2 * len(lambdas)
+    assert all("lora_" in name for name in adapter(one)), "the budget stays beside the optimizer's moments"
+    assert eval_run.main([str(one), "--limit", "2", "--output_dir", str(tmp_path / "eval")]) == 0
 
 
 def test_zero3_is_refused(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
