@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from more_ds import checkpoint, cli, log, plan, report
-from more_ds.after_step import AfterStep
 from more_ds.agreement import check_ranks, fingerprint
 from more_ds.checkpoint_files import read_state
 from more_ds.config import read_recipe
 from more_ds.data.mixture import MicroBatch
+from more_ds.distillation import Distillation
 from more_ds.ds_config import with_monitors
 from more_ds.engine import Ranks, in_touch, learning_rate, set_learning_rate, shard_while_loading, start, step
 from more_ds.errors import NonFiniteError, PreemptedError, UserError
 from more_ds.ledger import Ledger
+from more_ds.loading import start_from
 from more_ds.method_table import LIST, method_table
 from more_ds.model import attach, load_base
 from more_ds.rendezvous import from_slurm
@@ -114,13 +115,21 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
     )
     torch.manual_seed(config.seed)
     model: Any = attach(base, the_plan.adapter)
+    if config.init_adapter is not None:
+        start_from(model, config.init_adapter)
+    if the_plan.fill is not None:
+        the_plan.fill(model)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = start(model, config, ds_config, ranks)
     del sharding
+    text_model = TextModel(engine, the_plan.encoder)
+    if the_plan.teachers is not None:
+        text_model.distillation = Distillation(text_model, the_plan.teachers)
+    run = Run(the_plan, ranks, folder, text_model, stop)
     checkpoint.adapter_tensors(engine)  # what could not be saved later is refused now
-    return Run(the_plan, ranks, folder, TextModel(engine, the_plan.encoder), stop)
+    return run
 
 
 def train_on(run: Run) -> None:
@@ -158,7 +167,7 @@ def loop(run: Run) -> None:
         PreemptedError: a rank is to stop; what has been trained is not saved yet.
     """
     config, total, state = run.plan.config, run.plan.total_steps, run.progress
-    ledger, after_step = Ledger(run.plan.task_names, run.ranks), AfterStep(run.engine)
+    ledger = Ledger(run.plan.task_names, run.ranks)
     run.engine.train()
     with log.Progress(total, "training", initial=state.step) as bar:
         while True:
@@ -171,8 +180,8 @@ def loop(run: Run) -> None:
             rate = learning_rate(config, state.step, total)
             set_learning_rate(run.engine, rate)
             norm = take_step(run, ledger)
-            after_step()
             state.step += 1
+            run.after_step(state.step)
             stops, evaluates = run.stop.agreed(), run.evaluation_is_due()
             saves = config.save_steps is not None and state.step % config.save_steps == 0
             note = ""

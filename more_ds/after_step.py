@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import AdaLoraConfig, PeftModel
 
 from more_ds.optimizer_state import MASTER, NamedState
+from more_ds.tuners.adalora import Budget
 from more_ds.tuners.smora import SMoRA
 from more_ds.tuners.sora import SoRA
 
 
 class AfterStep:
-    """What follows an optimizer step: SoRA's proximal step, SMoRA's balance; nothing for the other methods."""
+    """What follows an optimizer step: SoRA's proximal step, SMoRA's balance, AdaLoRA's budget; else nothing."""
 
     def __init__(self, engine: Any) -> None:
         """Look for the modules that it concerns, once.
@@ -25,9 +27,15 @@ class AfterStep:
         self.engine = engine
         self._gated = {str(i): m for i, m in enumerate(m for m in modules if isinstance(m, SoRA) and m.g.requires_grad)}
         self._routed = [m for m in modules if isinstance(m, SMoRA)]
+        self._budget: Budget | None = None
+        if isinstance(engine.module, PeftModel) and isinstance(engine.module.active_peft_config, AdaLoraConfig):
+            self._budget = Budget(engine.module)
+            engine.module.base_model.budget = self._budget
 
-    def __call__(self) -> None:
-        """Follow a step. Collective."""
+    def __call__(self, step: int) -> None:
+        """Follow step `step`, counted from 1. Collective."""
+        if self._budget is not None:
+            self._budget.follow(self.engine, step)
         if self._gated:
             numbers = NamedState(self.engine, {name: module.g for name, module in self._gated.items()})
             values = numbers.gather(MASTER)

@@ -1,26 +1,24 @@
 """Checkpoints by name: what one holds does not depend on the number of ranks or on the ZeRO stage.
 
 The adapter and Adam's moments are small (tens of megabytes for a 7B model), so they are gathered, stored once, and cut
-again for whatever engine loads them; frozen base weights are never in it. `checkpoint_files` is about the folder.
+again for whatever engine loads them; frozen base weights are never in it. Under full fine-tuning the whole model takes
+the adapter's place. `trained` says what is saved, `checkpoint_files` is about the folder.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from
 from safetensors.torch import save as bytes_of
-from torch import Tensor, nn
+from torch import Tensor
 
 from more_ds.checkpoint_files import (
     ADAPTER,
@@ -41,6 +39,7 @@ from more_ds.collective import on_rank_zero
 from more_ds.engine import gathered
 from more_ds.errors import TrainingError, UserError
 from more_ds.optimizer_state import MASTER, MOMENTS, NamedState, loss_scale, set_loss_scale
+from more_ds.trained import Trained, find_trained
 
 __all__ = [
     "adapter_tensors", "base_identity", "load", "newest_complete", "read_state", "restart", "rotate", "save",
@@ -48,14 +47,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Adapter:
-    """The tensors that PEFT saves, by the names under which it does, as they live in the model."""
-
-    model: PeftModel
-    parameters: dict[str, nn.Parameter]
-    buffers: dict[str, Tensor]
-    full_names: dict[str, str]
+ASIDE = "aside"
+"""Before the names of tensors that are kept with the moments and not in the adapter's file."""
 
 
 def adapter_tensors(engine: Any) -> dict[str, Tensor]:
@@ -71,8 +64,8 @@ def adapter_tensors(engine: Any) -> dict[str, Tensor]:
     Raises:
         UserError: a trained parameter is not part of the adapter, or the optimizer's state cannot be read.
     """
-    adapter = _adapter(engine.module)
-    return _tensors(adapter, NamedState(engine, adapter.parameters))
+    trained = find_trained(engine.module)
+    return _tensors(trained, NamedState(engine, trained.parameters))
 
 
 def save_adapter(folder: Path, engine: Any) -> None:
@@ -82,14 +75,16 @@ def save_adapter(folder: Path, engine: Any) -> None:
         UserError: as for `adapter_tensors`.
         TrainingError: it cannot be written, or it is not finite.
     """
-    tensors = adapter_tensors(engine)
+    trained = find_trained(engine.module)
+    whole = _tensors(trained, NamedState(engine, trained.parameters))
 
     def write() -> None:
+        tensors = trained.written(whole)
         _check_finite(tensors)
         content = bytes_of(tensors, {"format": "pt"})
         _check_tensors(content, tensors)
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / ADAPTER_CONFIG, _config(engine.module))
+        write_file(folder / ADAPTER_CONFIG, trained.config)
         write_file(folder / ADAPTER, content)
 
     on_rank_zero(write, engine.device, f"the adapter {folder} was not written")
@@ -117,10 +112,12 @@ def save(
         UserError: as for `adapter_tensors`.
         TrainingError: it cannot be written, or a number in it is not finite. The checkpoints before are unharmed.
     """
-    adapter = _adapter(engine.module)
-    numbers = NamedState(engine, adapter.parameters)
-    tensors = _tensors(adapter, numbers)
+    trained = find_trained(engine.module)
+    numbers = NamedState(engine, trained.parameters)
+    whole = _tensors(trained, numbers)
+    tensors = trained.written(whole)
     moments = {f"{kind}.{name}": value for kind in MOMENTS for name, value in numbers.gather(kind).items()}
+    moments |= {f"{ASIDE}.{name}": whole[name] for name in trained.aside}
     record = {
         "step": step,
         "run": dict(state),
@@ -137,7 +134,7 @@ def save(
         _check_finite(tensors | moments)
         contents = {
             ADAPTER: bytes_of(tensors, {"format": "pt"}),
-            ADAPTER_CONFIG: _config(engine.module),
+            ADAPTER_CONFIG: trained.config,
             OPTIMIZER: bytes_of(moments, {"format": "pt"}),
             STATE: to_json(record),
         }
@@ -164,19 +161,23 @@ def load(path: Path, engine: Any) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint is damaged, or of another adapter; names the file or the tensor.
     """
-    adapter = _adapter(engine.module)
-    numbers = NamedState(engine, adapter.parameters)
+    trained = find_trained(engine.module)
+    numbers = NamedState(engine, trained.parameters)
     values: dict[str, dict[str, Tensor]] = {}
 
     def read() -> dict[str, Any]:
         contents = read_folder(path)
         shapes = {kind: numbers.shapes(kind) for kind in (MASTER, *MOMENTS)}
-        expected = shapes[MASTER] | {name: tuple(buffer.shape) for name, buffer in adapter.buffers.items()}
+        live = shapes[MASTER] | {name: tuple(buffer.shape) for name, buffer in trained.buffers.items()}
+        written = trained.written({name: torch.empty(shape, device="meta") for name, shape in live.items()})
+        expected = {name: tuple(tensor.shape) for name, tensor in written.items()}
         values[MASTER] = _parse(contents[ADAPTER], expected, path / ADAPTER)
         expected = {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in shapes[kind].items()}
-        moments = _parse(contents[OPTIMIZER], expected, path / OPTIMIZER)
+        expected |= {f"{ASIDE}.{name}": live[name] for name in trained.aside}
+        beside = _parse(contents[OPTIMIZER], expected, path / OPTIMIZER)
+        values[MASTER] |= {name: beside[f"{ASIDE}.{name}"] for name in trained.aside}
         for kind in MOMENTS:
-            values[kind] = {name: moments[f"{kind}.{name}"] for name in shapes[kind]}
+            values[kind] = {name: beside[f"{kind}.{name}"] for name in shapes[kind]}
         return json.loads(contents[STATE])
 
     record = on_rank_zero(read, engine.device, f"the checkpoint {path} cannot be read")
@@ -184,7 +185,7 @@ def load(path: Path, engine: Any) -> dict[str, Any]:
     set_loss_scale(engine.optimizer, record["optimizer"]["loss_scale"])
     for kind in (MASTER, *MOMENTS):
         numbers.set(kind, values.get(kind))
-    _set_buffers(adapter, values.get(MASTER), engine.device)
+    _set_buffers(trained, values.get(MASTER), engine.device)
     # DeepSpeed's monitors count by these.
     engine.global_steps = record["step"]
     engine.global_samples = record["step"] * engine.train_batch_size()
@@ -199,69 +200,30 @@ def restart(engine: Any, tensors: Mapping[str, Tensor]) -> None:
         engine: of `more_ds.engine.start`.
         tensors: as `adapter_tensors` returns them; read on rank 0 alone.
     """
-    adapter = _adapter(engine.module)
-    numbers = NamedState(engine, adapter.parameters)
+    trained = find_trained(engine.module)
+    numbers = NamedState(engine, trained.parameters)
     numbers.set_step(0)
     numbers.set(MASTER, tensors)
     for kind in MOMENTS:
         numbers.set(kind, {name: torch.zeros(shape) for name, shape in numbers.shapes(kind).items()})
-    _set_buffers(adapter, tensors, engine.device)
+    _set_buffers(trained, tensors, engine.device)
 
 
-def _adapter(model: PeftModel) -> _Adapter:
-    """Find the active adapter's tensors in a model.
-
-    Raises:
-        UserError: a trained parameter is not among them, so that no checkpoint would have it.
-    """
-    whole = model.state_dict(keep_vars=True)
-    full_names = {id(tensor): name for name, tensor in whole.items()}
-    if model.active_peft_config.is_prompt_learning:
-        # PEFT would compute a copy of it.
-        encoder: Any = model.prompt_encoder[model.active_adapter]
-        saved = {"prompt_embeddings": encoder.embedding.weight}
-    else:
-        saved = get_peft_model_state_dict(
-            model, state_dict=whole, adapter_name=model.active_adapter, save_embedding_layers=False
-        )
-    held = {id(tensor) for tensor in saved.values()}
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    if lost:
-        raise UserError(
-            f"{len(lost)} trained parameters are not part of the adapter and would be lost, e.g. {lost[0]}; freeze "
-            "them, or name their module in the adapter's modules_to_save"
-        )
-    return _Adapter(
-        model,
-        {name: tensor for name, tensor in saved.items() if isinstance(tensor, nn.Parameter)},
-        {name: tensor for name, tensor in saved.items() if not isinstance(tensor, nn.Parameter)},
-        {name: full_names[id(tensor)] for name, tensor in saved.items()},
-    )
-
-
-def _tensors(adapter: _Adapter, numbers: NamedState) -> dict[str, Tensor]:
-    with gathered(p for p in adapter.parameters.values() if p.numel() == 0):
-        adapter.model.state_dict()  # layers bring their tables up to date before they are saved
-        buffers = {name: buffer.detach().cpu().clone() for name, buffer in adapter.buffers.items()}
+def _tensors(trained: Trained, numbers: NamedState) -> dict[str, Tensor]:
+    with gathered(p for p in trained.parameters.values() if p.numel() == 0):
+        trained.model.state_dict()  # layers bring their tables up to date before they are saved
+        buffers = {name: buffer.detach().cpu().clone() for name, buffer in trained.buffers.items()}
     # Tensors of their own: safetensors refuses views of one buffer.
     return {name: value.clone() for name, value in numbers.gather(MASTER).items()} | buffers
 
 
-def _set_buffers(adapter: _Adapter, saved: Mapping[str, Tensor] | None, device: torch.device) -> None:
+def _set_buffers(trained: Trained, saved: Mapping[str, Tensor] | None, device: torch.device) -> None:
     state = {}
-    for name, buffer in adapter.buffers.items():
+    for name, buffer in trained.buffers.items():
         value = saved[name].to(device, buffer.dtype) if saved else torch.empty_like(buffer, device=device)
         dist.broadcast(value, src=0)
-        state[adapter.full_names[name]] = value
-    adapter.model.load_state_dict(state, strict=False)
-
-
-def _config(model: PeftModel) -> bytes:
-    """`adapter_config.json` as PEFT writes it, with sets in a fixed order."""
-    config = copy.copy(model.peft_config[model.active_adapter])
-    config.inference_mode = True
-    content = config.to_dict()
-    return to_json({key: sorted(value) if isinstance(value, set) else value for key, value in content.items()})
+        state[trained.full_names[name]] = value
+    trained.model.load_state_dict(state, strict=False)
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PolyConfig
-from peft.utils import get_peft_model_state_dict
+from peft import MultitaskPromptTuningConfig, PeftConfig, PeftModel, PolyConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -22,6 +22,7 @@ from more_ds.errors import UserError
 from more_ds.model import check_model, load_base, load_tokenizer, read_model_config
 from more_ds.tasks import resolve_tasks
 from more_ds.text_model import TextModel
+from more_ds.trained import find_trained
 
 SLOTS = ("best", "last")
 """Where a run keeps its adapters, the better one first."""
@@ -52,7 +53,8 @@ class Subject:
     @property
     def task_ids(self) -> dict[str, int]:
         """The number under which the adapter knows each task, by name; empty if it does not name its tasks."""
-        if isinstance(self.adapter_config, PolyConfig) and self.run:  # it has no place for names
+        # PEFT's own have no place for names.
+        if isinstance(self.adapter_config, (PolyConfig, MultitaskPromptTuningConfig)) and self.run:
             tasks = resolve_tasks(self.run["tasks"] or None, self.run["suite"], self.run["tasks_file"])
             return {task.name: i for i, task in enumerate(tasks)}
         return adapter_tasks(self.adapter_config)
@@ -76,6 +78,9 @@ def find_subject(name: str, base_model: str | None = None) -> Subject:
         above = folder.resolve().parent / "config.json"
         run = _json(above) if above.is_file() else {}
     if adapter is None:
+        whole = next((folder / slot for slot in SLOTS if (folder / slot / "config.json").is_file()), None)
+        if whole is not None and "model" in run and "model_type" not in run:
+            return _whole_model(name, whole, base_model, run)
         if "model" in run and "model_type" not in run:
             raise UserError(f"the run {folder} holds no adapter: no {ADAPTER_CONFIG} in {' or '.join(SLOTS)}; train it")
         return Subject(name, base_model or name, folder=Path("eval_results", folder.resolve().name))
@@ -86,6 +91,13 @@ def find_subject(name: str, base_model: str | None = None) -> Subject:
         raise UserError(f"{adapter}/{ADAPTER_CONFIG} does not name its base model; give --base_model")
     home = adapter.resolve().parent if run else adapter
     return Subject(name, str(base), adapter, config, run, home / "eval")
+
+
+def _whole_model(name: str, folder: Path, base_model: str | None, run: Mapping[str, Any]) -> Subject:
+    """The model of a run that fine-tuned all of it."""
+    if base_model is not None:
+        raise UserError(f"the run {name} trained the whole model, which needs no base model; leave --base_model out")
+    return Subject(name, str(folder), run=run, folder=folder.parent / "eval")
 
 
 def choose_dtype(subject: Subject, dtype: str | None, device: str) -> str:
@@ -184,6 +196,34 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> PeftM
             f"note: every B of the adapter {folder} is zero, so it changes nothing: what is scored is the base model"
         )
     return adapted
+
+
+def start_from(model: PeftModel, name: str) -> None:
+    """Give a fresh adapter the values of a trained one of the same shape.
+
+    On the meta device there is nothing to give: the shapes alone are compared.
+
+    Args:
+        model: with the fresh adapter.
+        name: a run or an adapter folder.
+
+    Raises:
+        UserError: its tensors are not those of the fresh adapter.
+    """
+    saved = read_weights(find_subject(name).adapter or Path(name))
+    trained = find_trained(model)
+    own = {**trained.parameters, **trained.buffers}
+    live = {name: value for name, value in own.items() if name not in trained.aside}
+    there, here = ({key: tuple(value.shape) for key, value in tensors.items()} for tensors in (saved, live))
+    wrong = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    if wrong:
+        key = wrong[0]
+        raise UserError(
+            f"init_adapter {name}: {len(wrong)} tensors differ, e.g. {key}: {there.get(key, 'missing')} there, "
+            f"{here.get(key, 'missing')} here; start from an adapter of the same method and options"
+        )
+    if not any(value.is_meta for value in live.values()):
+        set_peft_model_state_dict(model, saved)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
 from more_ds.errors import UserError
 from more_ds.tuners.base import UPDATE
+from more_ds.tuners.full import FullConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Name of a number format -> torch's."""
@@ -135,12 +136,14 @@ def load_base(
     return model
 
 
-def attach(model: nn.Module, adapter: PeftConfig) -> PeftModel:
-    """Wrap a base model with a fresh adapter.
+def attach(model: nn.Module, adapter: PeftConfig) -> nn.Module:
+    """Wrap a base model with a fresh adapter, or make all of it trainable where there is none.
 
     Raises:
         UserError: the target modules match nothing, or the method cannot adapt them.
     """
+    if isinstance(adapter, FullConfig):
+        return model.requires_grad_(True)
     try:
         return get_peft_model(model, adapter)
     except (ValueError, TypeError) as error:

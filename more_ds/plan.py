@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig
+from torch import Tensor
 
 from more_ds import demo
+from more_ds.compose.sources import identity, with_sources
 from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.data.rows import load_examples
 from more_ds.data.sampler import BalancedSampler
 from more_ds.data.tokens import Tokens, tokenised
+from more_ds.distillation import read_teachers
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError, suggest
-from more_ds.methods import adapter_config, check_together
+from more_ds.loading import find_subject, start_from
+from more_ds.methods import adapter_config, check_given, check_together
 from more_ds.model import (
     attach,
     check_model,
@@ -57,6 +61,8 @@ class Plan:
         sampler: the sampling plan.
         total_steps: optimizer steps.
         eval_steps: optimizer steps between evaluations.
+        fill: puts into the fresh adapter what it is made of (MoLE, ATTEMPT); None for other methods.
+        teachers: prompts, (tasks, length, width), that MPT is taught by; None: it has no teachers.
     """
 
     config: RunConfig
@@ -77,6 +83,8 @@ class Plan:
     sampler: BalancedSampler
     total_steps: int
     eval_steps: int
+    fill: Callable[[Any], None] | None
+    teachers: Tensor | None
 
     @property
     def task_names(self) -> list[str]:
@@ -125,12 +133,24 @@ def make(
     _check_weights(config, tasks)
     config = with_demo(config)
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
-    adapter = adapter_config(config.method, config.adapter, [task.name for task in tasks], model_config)
+    names = [task.name for task in tasks]
+    check_given(config.method, {"init_adapter": config.init_adapter, **config.adapter})
+    _check_start(config)
+    options, fill = with_sources(config)
+    adapter = adapter_config(config.method, options, names, model_config)
     check_together(
         config.method,
         gradient_checkpointing=config.gradient_checkpointing,
         encoder_decoder=model_config.is_encoder_decoder,
+        quantization=config.quantization != "none",
+        fp16=dtype == "fp16",
+        zero3=zero_stage(ds_config) == 3,
     )
+    teachers = None
+    if config.distill_from is not None:
+        if config.method != "mpt":
+            raise UserError(f"distill_from names the teachers of mpt, and the method is {config.method}; leave it out")
+        teachers = read_teachers(config.distill_from, names, adapter.num_virtual_tokens)  # type: ignore[attr-defined]
     virtual = getattr(adapter, "num_virtual_tokens", 0)
     check_model(model_config, dtype, virtual + config.max_source_length + config.max_target_length)
     encoder = Encoder(
@@ -140,7 +160,7 @@ def make(
         max_target_length=config.max_target_length,
     )
     _check_vocabulary(encoder, model_config)
-    trainable, frozen, maps = count(model_config, adapter, trust_remote_code)
+    trainable, frozen, maps = count(model_config, adapter, trust_remote_code, config.init_adapter)
     train = [expand(_load(config, task, "train", config.train_limit)) for task in tasks]
     validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
     _check_targets(encoder, train)
@@ -161,13 +181,15 @@ def make(
         test=_test_examples(config, tasks) if config.test else {},
         model_config=model_config,
         encoder=encoder,
-        adapter=adapter,
+        adapter=adapter_config(config.method, options, names, model_config, total),
         trainable=trainable,
         frozen=frozen,
         maps=maps,
         sampler=sampler,
         total_steps=total,
         eval_steps=min(config.eval_steps or sampler.steps_per_epoch, total),
+        fill=fill,
+        teachers=teachers,
     )
 
 
@@ -200,6 +222,18 @@ def with_demo(config: RunConfig) -> RunConfig:
     if config.data_dir is None and "demo" in config.suite:
         config = replace(config, data_dir=str(demo.prepare_data()))
     return config
+
+
+def _check_start(config: RunConfig) -> None:
+    """Refuse to start from what is no adapter, or one of another base model."""
+    if config.init_adapter is None:
+        return
+    subject = find_subject(config.init_adapter)
+    if subject.adapter is None or config.method in ("full", "mole"):
+        what = f"{config.init_adapter} holds none" if subject.adapter is None else f"{config.method} has none"
+        raise UserError(f"init_adapter names an adapter to start from, and {what}; leave it out")
+    if identity(subject.base) != identity(config.model):
+        raise UserError(f"init_adapter {config.init_adapter} was trained on {subject.base}, and not on {config.model}")
 
 
 def _check_weights(config: RunConfig, tasks: Sequence[Task]) -> None:
@@ -252,13 +286,15 @@ def _test_examples(config: RunConfig, tasks: Sequence[Task]) -> dict[str, dict[s
 
 
 def count(
-    model_config: Any, adapter: PeftConfig, trust_remote_code: bool
+    model_config: Any, adapter: PeftConfig, trust_remote_code: bool, init_adapter: str | None = None
 ) -> tuple[dict[str, int], int, dict[str, int]]:
     """Trainable parameters by kind, frozen parameters, and adapted maps by name, from shapes alone."""
     with init_empty_weights(), torch.random.fork_rng():
-        model = attach(without_weights(model_config, trust_remote_code), adapter)
+        model: Any = attach(without_weights(model_config, trust_remote_code), adapter)
+    if init_adapter is not None:
+        start_from(model, init_adapter)  # in shape alone
     trainable = parameters_by_kind(model)
     # Methods that train a prompt wrap no modules, and have no tuner.
-    targeted: list[str] = getattr(model.base_model, "targeted_module_names", [])
+    targeted: list[str] = getattr(getattr(model, "base_model", model), "targeted_module_names", [])
     maps = Counter(name.rsplit(".", 1)[-1] for name in targeted)
     return trainable, sum(p.numel() for p in model.parameters()) - sum(trainable.values()), maps

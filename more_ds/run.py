@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from more_ds import checkpoint, log, report
+from more_ds.after_step import AfterStep
 from more_ds.checkpoint_files import base_identity, name_of, newest_sound
 from more_ds.collective import on_rank_zero
 from more_ds.compare.bootstrap import RESAMPLES
@@ -20,13 +21,15 @@ from more_ds.data.mixture import Mixture
 from more_ds.engine import Ranks, gathered
 from more_ds.errors import NonFiniteError
 from more_ds.evaluate import evaluate
+from more_ds.export.whole import write_model
 from more_ds.plan import Plan
 from more_ds.results import TaskResult, mean_score, write_results
-from more_ds.run_folder import RunFolder, publish, versions
+from more_ds.run_folder import RunFolder, copy_adapter, publish, versions
 from more_ds.stopping import Stop
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
 from more_ds.text_model import TextModel
+from more_ds.tuners.full import FullConfig
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Run:
         """Join the parts of a run; `text_model.module` is the DeepSpeed engine."""
         self.plan, self.ranks, self.folder, self.text_model, self.stop = plan, ranks, folder, text_model, stop
         self.engine: Any = text_model.module
+        self.after_step = AfterStep(self.engine)
         multiple = plan.config.pad_to_multiple_of or (8 if ranks.on_gpu else 1)
         collator = replace(text_model.collator, multiple=multiple)
         self.mixture = Mixture(plan.train, plan.sampler, plan.encoder, collator, plan.tokens)
@@ -131,12 +135,20 @@ class Run:
             protect=[self._checkpoint(state.best_step)],
         )
         if self.ranks.rank == 0:
-            publish(path, self.folder.last)
+            publish(path, self.folder.last, self._write_trained)
             if state.best_step == state.step:
-                publish(path, self.folder.best)
+                publish(path, self.folder.best, self._write_trained)
         self.ranks.barrier()
         self.saved_step = state.step
         self.stop.saved(time.monotonic() - began)
+
+    def _write_trained(self, checkpoint_folder: Path, folder: Path) -> None:
+        """What is published of a checkpoint: the adapter, or the model of a run that trains all of it."""
+        if isinstance(self.plan.adapter, FullConfig):
+            tokenizer = self.plan.encoder.tokenizer
+            write_model(checkpoint_folder, folder, self.text_model.base, self.plan.dtype, tokenizer)
+        else:
+            copy_adapter(checkpoint_folder, folder)
 
     def pause(self) -> None:
         """Save what has been trained since the last checkpoint, before the process ends."""
@@ -215,8 +227,9 @@ class Run:
             before = {name: torch.tensor(first) for name, first in state.first_ranks.items()}
             log.say("\n" + report.rank_table(chosen, self.plan.task_names, before))
         self._say_what_was_cut()
+        what = "model" if isinstance(self.plan.adapter, FullConfig) else "adapter"
         log.say(
-            f"\nbest adapter (step {state.best_step}): {folder.best}\nscore it again: python eval/run.py {folder.path}"
+            f"\nbest {what} (step {state.best_step}): {folder.best}\nscore it again: python eval/run.py {folder.path}"
         )
 
     def chosen_ranks(self) -> dict[str, Tensor]:

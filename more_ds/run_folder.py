@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -105,14 +106,25 @@ class RunFolder:
             self.metrics.write_text("".join(line + "\n" for line in kept))
 
 
-def publish(checkpoint: Path, place: Path) -> None:
-    """Copy a checkpoint's adapter to `place`, in the stead of what is there; a whole one is always to be had."""
+def copy_adapter(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint's adapter into a folder."""
+    for name in (ADAPTER, ADAPTER_CONFIG):
+        shutil.copy2(checkpoint / name, folder / name)
+
+
+def publish(checkpoint: Path, place: Path, write: Callable[[Path, Path], None] = copy_adapter) -> None:
+    """Put what a checkpoint trained in `place`, in the stead of what is there; a whole one is always to be had.
+
+    Args:
+        checkpoint: its folder.
+        place: where.
+        write: writes from the checkpoint's folder into another one what is to be there.
+    """
     fresh, old = place.with_name(f".{place.name}.new"), place.with_name(f".{place.name}.old")
     for left_over in (fresh, old):
         shutil.rmtree(left_over, ignore_errors=True)
     fresh.mkdir()
-    for name in (ADAPTER, ADAPTER_CONFIG):
-        shutil.copy2(checkpoint / name, fresh / name)
+    write(checkpoint, fresh)
     if place.exists():
         os.replace(place, old)
     os.replace(fresh, place)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel, PolyConfig
+from peft import AdaLoraConfig, MultitaskPromptTuningConfig, PeftModel, PolyConfig
 from torch import Tensor, nn
 
 from more_ds.data.collate import Batch, Collator, positions
 from more_ds.data.encoding import Encoder
 from more_ds.losses import label_nll
+from more_ds.tuners.adalora import orthogonality
+
+if TYPE_CHECKING:
+    from more_ds.distillation import Distillation
 
 
 class TextModel:
@@ -24,6 +28,7 @@ class TextModel:
         module: what is called: the (PEFT) model, or the DeepSpeed engine around it.
         encoder: text to token ids.
         collator: token ids to tensors.
+        distillation: teachers, whose loss is added in training; None: there are none.
     """
 
     def __init__(self, module: nn.Module, encoder: Encoder) -> None:
@@ -36,15 +41,21 @@ class TextModel:
         start = getattr(self.config, "decoder_start_token_id", None)
         self.collator = Collator(encoder.pad_id, start if self.is_encoder_decoder else None)
         accepted = inspect.signature(base.forward).parameters
+        self.decoder_keys = ["decoder_input_ids", "decoder_attention_mask"]
         self.takes_positions = "position_ids" in accepted and not self.is_encoder_decoder
         self.keeps_logits = "logits_to_keep" in accepted
         adapter = self.peft.active_peft_config if isinstance(self.peft, PeftModel) else None
         self.trains_prompt = adapter is not None and adapter.is_prompt_learning
         if self.trains_prompt and self.takes_positions:
             base.register_forward_pre_hook(_count_positions, with_kwargs=True)
-        # PEFT's Poly takes task ids too, and nothing else of ours.
-        self.pools = bool(getattr(getattr(self.peft, "base_model", None), "routes_by_task", False))
-        self.routes_by_task = self.pools or isinstance(adapter, PolyConfig)
+        if isinstance(adapter, MultitaskPromptTuningConfig):
+            self.decoder_keys = ["labels"]  # PEFT drops the decoder's inputs; the model makes them of the labels
+        # PEFT's Poly and MPT take task ids too, and nothing else of ours.
+        tuner = getattr(self.peft, "base_model", None)
+        routes = bool(getattr(tuner, "routes_by_task", False))
+        self.pools = routes or bool(getattr(tuner, "pools_prompts", False))
+        self.distillation: Distillation | None = None
+        self.routes_by_task = routes or isinstance(adapter, (PolyConfig, MultitaskPromptTuningConfig))
 
     @property
     def peft(self) -> nn.Module:
@@ -84,6 +95,8 @@ class TextModel:
 
     def auxiliary_loss(self) -> Tensor | None:
         """The method's own loss of the last forward pass in training, weighted; None if it has none."""
+        if isinstance(self.peft, PeftModel) and isinstance(self.peft.active_peft_config, AdaLoraConfig):
+            return orthogonality(self.peft) if self.peft.training else None
         return getattr(getattr(self.peft, "base_model", None), "auxiliary_loss", None)
 
     def label_logits(self, batch: Batch) -> Tensor:
@@ -93,7 +106,7 @@ class TextModel:
         """
         length = batch["labels"].shape[1]
         if self.is_encoder_decoder:
-            keys = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+            keys = ["input_ids", "attention_mask", *self.decoder_keys]
             return self.module(**{key: batch[key] for key in keys}, **self.extras(batch), use_cache=False).logits
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")} | self.extras(batch)
         if self.takes_positions and not self.trains_prompt:
@@ -114,16 +127,18 @@ class TextModel:
             The loss to go backward from, the sum over the label tokens in nats, and the method's own part, weighted;
             None if it has none.
         """
-        nll, _ = label_nll(self.label_logits(batch), batch["labels"])
+        logits = self.label_logits(batch)
+        nll, _ = label_nll(logits, batch["labels"])
         total, auxiliary = nll.sum(), self.auxiliary_loss()
+        if self.distillation is not None:
+            auxiliary = self.distillation.loss(logits, batch)
         loss = total * weight
         return loss if auxiliary is None else loss + auxiliary, total, auxiliary
 
     def extras(self, batch: Batch) -> dict[str, Tensor]:
-        """What a method that routes by task is told beside the base model's own inputs."""
-        if not self.routes_by_task:
-            return {}
-        return {key: batch[key] for key in ("task_ids", *["prompt_mask"] * self.pools) if key in batch}
+        """What a method that routes by task or reads the prompt is told beside the base model's own inputs."""
+        keys = [*["task_ids"] * self.routes_by_task, *["prompt_mask"] * self.pools]
+        return {key: batch[key] for key in keys if key in batch}
 
 
 def _count_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -40,5 +40,5 @@ def test_recipes_fit_where_they_say(recipe: str) -> None:
 
 
 def test_all_recipes_are_checked() -> None:
-    there = {path.stem for path in (Path(plan.__file__).parent / "recipes").glob("*.yaml")} - {"demo"}
+    there = {path.stem for path in (Path(plan.__file__).parent / "recipes").glob("*.yaml")} - {"demo", "mole"}
     assert there == set(RECIPES)

@@ -17,11 +17,12 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from more_ds import MoreConfig, checkpoint
+from more_ds import MoreConfig
 from more_ds.config import RunConfig
 from more_ds.ds_config import batch_sizes, resolve
 from more_ds.engine import Ranks, set_learning_rate, start
 from more_ds.optimizer_state import MASTER, MOMENTS, NamedState
+from more_ds.trained import find_trained
 from more_ds.tuners.more import MoreLinear
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
@@ -85,7 +86,7 @@ def train(module: Any, ranks: Ranks, steps: range) -> None:
 
 def numbers(module: Any) -> dict[str, str]:
     """A hash of the bytes of every master value and moment, and what else an optimizer counts."""
-    state = NamedState(module, checkpoint._adapter(module.module).parameters)
+    state = NamedState(module, find_trained(module.module).parameters)
     found = {f"{kind} {name}": t for kind in (MASTER, *MOMENTS) for name, t in state.gather(kind).items()}
     return {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in found.items()} | {
         "step": str(state.step())
@@ -119,7 +120,7 @@ def deepspeeds_own(module: Any, setup: str) -> dict[str, Tensor]:
 
 def choose_rank_three(module: Any) -> None:
     """Turn the gates after the last forward pass, as an optimizer step may: the tables are behind."""
-    state = NamedState(module, checkpoint._adapter(module.module).parameters)
+    state = NamedState(module, find_trained(module.module).parameters)
     values = state.gather(MASTER)
     for name in values:
         if name.endswith("more_gate.bias"):

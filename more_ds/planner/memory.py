@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 
 from more_ds.model import parameters_by_kind
@@ -117,7 +118,7 @@ class Memory:
 def inventory(workload: Workload) -> Inventory:
     """Count the parameters of the whole model, from shapes alone."""
     model = build(workload)
-    base = model.get_base_model()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = base.get_output_embeddings()
     linear = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head and not _trains(m.weight)

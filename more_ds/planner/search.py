@@ -8,16 +8,18 @@ from pathlib import Path
 
 import torch
 
+from more_ds.compose.sources import with_sources
 from more_ds.config import RunConfig
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError
-from more_ds.methods import adapter_config
+from more_ds.methods import adapter_config, check_together
 from more_ds.model import DTYPES, check_model
 from more_ds.planner.hardware import Gpu, model_config
 from more_ds.planner.memory import Inventory, Memory, Setting, inventory, states, unpacking_traffic, with_activations
 from more_ds.planner.timing import StepTime, compute_seconds, step_time
 from more_ds.planner.trace import Tracer, Workload
 from more_ds.tasks import resolve_tasks
+from more_ds.tuners.full import FullConfig
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -81,7 +83,9 @@ class Subject:
         self.tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
         shape = model_config(config.model, config.revision)
         check_model(shape, self.dtype, config.max_source_length + config.max_target_length)
-        adapter = adapter_config(config.method, config.adapter, [task.name for task in self.tasks], shape)
+        options, _ = with_sources(config)
+        adapter = adapter_config(config.method, options, [task.name for task in self.tasks], shape)
+        check_together(config.method, quantization=config.quantization != "none")
         torch_dtype = DTYPES[self.dtype]
         self.workload = Workload(
             shape, adapter, torch_dtype, torch_dtype, prompt or config.max_source_length,
@@ -114,7 +118,8 @@ class Subject:
 
     def _traced(self, stage: int) -> tuple[Workload, Tracer]:
         """The workload and its tracer: DeepSpeed casts PEFT's float32 adapter, except under ZeRO-3."""
-        dtype = torch.float32 if stage == 3 else self.workload.dtype
+        is_adapter = not isinstance(self.workload.adapter, FullConfig)
+        dtype = torch.float32 if stage == 3 and is_adapter else self.workload.dtype
         workload = replace(self.workload, adapter_dtype=dtype)
         if dtype not in self._tracers:
             self._tracers[dtype] = Tracer(workload)

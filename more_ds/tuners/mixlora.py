@@ -2,7 +2,7 @@
 
     p    = softmax(W_r h)                                     (n,) in float32, for every token h
     E_e  = (W_down + s B A)_e ( act((W_gate + s B A)_e h) * (W_up + s B A)_e h )          s = alpha / r
-    y    = sum over the k highest p of  p_e / (their sum) * E_e(h)
+    y    = sum over the k highest p of  p_e / (their sum) * E_e(h)          or by another router: `mixlora_router`
     loss = balance * n * sum_e f_e P_e
 
 f_e counts how often a token uses expert e, and P_e is the mean of p_e; both are over the real tokens of all layers
@@ -19,16 +19,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from more_ds.numerics import at_least_float32
 from more_ds.tuners.context import SOURCE, TARGET, TaskContext
 from more_ds.tuners.low_rank import LowRank, LowRankConfig
+from more_ds.tuners.mixlora_router import Routes, route
 from more_ds.tuners.update import UpdateLayer
 from more_ds.tuners.update_model import UpdateModel, register
 
@@ -86,24 +86,22 @@ class Experts(nn.Module):
             self.reset()
 
     def reset(self) -> None:
-        """The router from N(0, 0.02^2), A Kaiming-uniform (a = sqrt 5), B zero."""
-        nn.init.normal_(self.router, std=0.02)
+        """The router from N(0, 0.02^2), a switch's from N(0, 1); A Kaiming-uniform (a = sqrt 5), B zero."""
+        nn.init.normal_(self.router, std=1.0 if self.config.router == "switch" else 0.02)
         for name in self.sizes:
             nn.init.kaiming_uniform_(getattr(self, f"{name}_A"), a=math.sqrt(5))
             nn.init.zeros_(getattr(self, f"{name}_B"))
 
-    def forward(self, h: Tensor, ffn: Ffn) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the mixture on (batch, ..., d).
+    def forward(self, h: Tensor, ffn: Ffn, real: Tensor) -> tuple[Tensor, Routes]:
+        """Run the mixture on (batch, ..., d); `real`, (batch, ..., 1), says which tokens are no padding.
 
         Returns:
-            y, (batch, ..., d); p, (batch, ..., n) float32; and the same shape with 1 where a token uses an expert.
+            y, (batch, ..., d), and how the tokens were routed.
         """
-        with torch.autocast(h.device.type, enabled=False):
-            p = torch.softmax(F.linear(at_least_float32(h), at_least_float32(self.router)), dim=-1)
-        weights, chosen = p.topk(self.config.top_k, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        # One slot for each of the k experts, before the batch: the frozen map after the non-linearity runs once.
-        masks = F.one_hot(chosen.movedim(-1, 0), self.config.experts)
+        routes = route(h, self.router, self.config, self.training, real)
+        weights = routes.weights
+        # One slot for each expert of a token, before the batch: the frozen map after the non-linearity runs once.
+        masks = F.one_hot(routes.experts.movedim(-1, 0), self.config.experts)
         up = ffn.up(h) + self._delta("up", h, masks)
         hidden = ffn.act(up) if ffn.gate is None else ffn.act(ffn.gate(h) + self._delta("gate", h, masks)) * up
         flat = ffn.before(hidden).flatten(0, 1)
@@ -111,7 +109,7 @@ class Experts(nn.Module):
         down = ffn.down(flat.to(weight.dtype) if weight.is_floating_point() else flat).to(hidden.dtype)
         slots = down.view(*hidden.shape[:-1], -1) + self._delta("down", ffn.before(hidden), masks)
         mixed = (slots * weights.movedim(-1, 0).unsqueeze(-1).to(slots.dtype)).sum(0)
-        return ffn.after(mixed).to(h.dtype), p, masks.sum(0).to(p.dtype)
+        return ffn.after(mixed).to(h.dtype), routes
 
     def _delta(self, name: str, x: Tensor, masks: Tensor) -> Tensor:
         """The LoRAs' part of a map: x is (batch, ..., in) or has slots, and masks are (slots, batch, ..., n)."""
@@ -151,16 +149,11 @@ class MixLoraFFN(UpdateLayer):
             return self.base_layer(h, *args, **kwargs)
         if len(active) > 1:
             raise ValueError(f"the mixtures {', '.join(active)} cannot run at once; activate one with set_adapter")
-        y, p, used = self.update[active[0]](h, ffn)
+        real = self.context.real_tokens(self.role, h.shape[:-1], h.device)
+        y, routes = self.update[active[0]](h, ffn, real)
         if self.training:
-            self.context.record(self.key, active[0], *self._use(p, used))
+            self.context.record(self.key, active[0], *_use(routes, real.to(routes.p.dtype)))
         return y
-
-    def _use(self, p: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How often each expert was used, the sum of its probabilities, each (n,), and the number of real tokens."""
-        real = self.context.real_tokens(self.role, p.shape[:-1], p.device).to(p.dtype)
-        total = tuple(range(p.dim() - 1))
-        return (used * real).sum(total), (p * real).sum(total), real.sum()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse.
@@ -172,6 +165,13 @@ class MixLoraFFN(UpdateLayer):
 
     def unmerge(self) -> None:
         """Nothing, as nothing is merged."""
+
+
+def _use(routes: Routes, real: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How often each expert was used, the sum of its probabilities, each (n,), the sum of z, and the real tokens."""
+    total = tuple(range(real.dim() - 1))
+    z = (routes.z * real.squeeze(-1)).sum()
+    return (routes.used * real).sum(total), (routes.p * real).sum(total), z, real.sum()
 
 
 class AttentionLora(LowRank):
@@ -198,13 +198,22 @@ class MixLoraConfig(LowRankConfig):
     r: int = field(default=16, metadata={"help": "Rank of every LoRA."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of A, in training."})
     experts: int = field(default=8, metadata={"help": "Number n of experts in every FFN."})
-    top_k: int = field(default=2, metadata={"help": "Number k of experts that a token uses."})
+    router: Literal["top_k", "dynamic", "switch"] = field(default="top_k", metadata={"help": "How tokens are routed."})
+    top_k: int = field(default=2, metadata={"help": "Number k of experts that a token uses, with router=top_k."})
+    top_p: float = field(default=0.8, metadata={"help": "What the experts' p sum to at most, with router=dynamic."})
+    capacity: int = field(default=32, metadata={"help": "Tokens of a sequence for one expert, with router=switch."})
+    jitter: float = field(default=0.01, metadata={"help": "Noise before the router in training, with router=switch."})
+    z_loss: float = field(default=1e-3, metadata={"help": "Weight of the squared log of the sum, with router=switch."})
     balance: float = field(default=1e-3, metadata={"help": "Weight of the balance loss; 0: none."})
     attention: bool = field(default=True, metadata={"help": "Give the attention's maps a LoRA each."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least_one("experts", "top_k")
+        self.at_least_one("experts", "top_k", "capacity")
+        if self.router not in ("top_k", "dynamic", "switch"):
+            raise ValueError(f"MixLoraConfig.router is {self.router!r}; use one of top_k, dynamic, switch")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"MixLoraConfig.top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k > self.experts:
             raise ValueError(f"MixLoraConfig.top_k={self.top_k} is more than experts={self.experts}")
 
@@ -262,10 +271,13 @@ class MixLoraModel(UpdateModel):
     def _auxiliary(self) -> Tensor | None:
         total = None
         for name, layers in self.context.collect().items():
-            used, p, tokens = (torch.stack(part).sum(0) for part in zip(*layers, strict=True))
+            used, p, z, tokens = (torch.stack(part).sum(0) for part in zip(*layers, strict=True))
             config = self.peft_config[name]
-            if config.balance > 0:
-                loss = config.balance * config.experts * (used * p).sum() / tokens.clamp(min=1) ** 2
+            tokens = tokens.clamp(min=1)
+            loss = config.balance * config.experts * (used * p).sum() / tokens**2
+            if config.router == "switch":
+                loss = loss + config.z_loss * z / tokens
+            if config.balance > 0 or config.router == "switch":
                 total = loss if total is None else total + loss
         return total
 

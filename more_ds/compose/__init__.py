@@ -1,0 +1,1 @@
+"""Finished LoRAs put together: read, checked, mixed by MoLE, weighed by LoraHub, merged."""
