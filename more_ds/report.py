@@ -42,6 +42,34 @@ def header(plan: Plan, ranks: Ranks, output: str) -> str:
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
 
 
+def facts(plan: Plan, ranks: Ranks) -> dict[str, Any]:
+    """What a run is, in numbers that are not in its configuration: `plan.json`."""
+    sizes = plan.sizes
+    return {
+        "tasks": {
+            row.name: {
+                "suite": task.suite,
+                "metric": task.primary,
+                "rows": row.size,
+                "validation": len(plan.validation[row.name]),
+                "share": row.share,
+            }
+            for task, row in zip(plan.tasks, plan.sampler.summary(plan.total_steps), strict=True)
+        },
+        "trainable": plan.trainable,
+        "frozen": plan.frozen,
+        "maps": plan.maps,
+        "total_steps": plan.total_steps,
+        "steps_per_epoch": plan.sampler.steps_per_epoch,
+        "dtype": plan.dtype,
+        "ranks": sizes.world,
+        "micro_batch": sizes.micro,
+        "accumulation": sizes.accumulation,
+        "device": torch.cuda.get_device_name() if ranks.on_gpu else "CPU",
+        "device_memory_gb": torch.cuda.get_device_properties(ranks.device).total_memory / 1e9 if ranks.on_gpu else None,
+    }
+
+
 def sampling(plan: Plan) -> str:
     """The tasks' sizes, sampling probabilities, samples and repeats."""
     return log.table(
