@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from more_ds import log
 from more_ds.engine import Ranks
+from more_ds.map_names import place_of
 from more_ds.plan import Plan
 
 
@@ -112,9 +112,7 @@ def rank_table(ranks: Mapping[str, Tensor], task_names: Sequence[str], before: M
     """
     layers: dict[str, list[Tensor]] = {}
     for name, chosen in ranks.items():
-        found = re.search(r"(encoder|decoder)?\.?(?:layers|block|h|layer)\.(\d+)\.", name)
-        key = f"{found[1] + ' ' if found[1] else ''}layer {found[2]}" if found else name
-        layers.setdefault(key, []).append(chosen)
+        layers.setdefault(place_of(name).layer, []).append(chosen)
     rows = [[name, *torch.stack(chosen).float().mean(0).tolist()] for name, chosen in layers.items()]
     every = torch.stack(list(ranks.values())).float()
     text = log.table(["mean rank", *task_names], [*rows, ["all", *every.mean(0).tolist()]])
