@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -53,6 +53,14 @@ class Panel:
     log: bool = False
 
 
+class Spread(NamedTuple):
+    """A point with an error."""
+
+    x: float
+    y: float
+    error: float
+
+
 def panels(charts: Sequence[Panel], *, columns: int = 4, height: float = 1.7, x: str = "step") -> str:
     """A grid of small line charts with one legend; a line has the colour of its name in all of them."""
     names = list(dict.fromkeys(name for chart in charts for name in chart.lines))
@@ -93,6 +101,25 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[tuple[float, float]
         axes.grid(axis="x", visible=False)
         if len(series) > 1:
             figure.legend(loc="outside upper left", ncols=min(len(series), 6), frameon=False)
+        return _text(figure)
+
+
+def spreads(charts: Mapping[str, Mapping[str, Sequence[Spread]]], y: str) -> str:
+    """Charts by the title of their x; in each, lines of points with errors by name."""
+    names = list(dict.fromkeys(name for lines in charts.values() for name in lines))
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(2.6)
+        grid = figure.subplots(1, len(charts), squeeze=False).ravel()
+        for axes, (title, lines) in zip(grid, charts.items(), strict=True):
+            for name, own in lines.items():
+                place = sorted(own)
+                axes.errorbar(
+                    [p.x for p in place], [p.y for p in place], yerr=[p.error for p in place], fmt="o-", markersize=4,
+                    capsize=2, linewidth=1.3, color=colour(names.index(name)), label=name,
+                )  # fmt: skip
+            axes.set_xlabel(title)
+            axes.set_ylabel(y)
+            axes.legend(frameon=False)
         return _text(figure)
 
 
