@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_ds import cli, log
 from more_ds.compare.tables import as_text
+from more_ds.errors import UserError
 from more_ds.study.definition import read_scale, read_study, study_names
 from more_ds.study.jobs import Job, make_jobs
 from more_ds.study.outcome import tables_of, write_outcome
@@ -85,18 +86,24 @@ def _listing(jobs: Sequence[Job]) -> str:
 
 
 def _write_slurm(arguments: argparse.Namespace, name: str, jobs: Sequence[Job]) -> None:
-    """Write an array of the runs that are not done; what starts from a run, and the table, are left to this command."""
+    """Write an array of the runs that are not done; what starts from a run, and the table, are left to this command.
+
+    Raises:
+        UserError: a path that the script cannot hold.
+    """
     runs = [job for job in jobs if job.source is None and not job.is_done]
     if not runs:
         return log.say("all runs are done; give the command without --slurm for the tables")
     for job in runs:
+        if shlex.join(_absolute(job)) != " ".join(_absolute(job)):
+            raise UserError(f"--slurm: {job.folder.resolve()} is more than one word of a script; name another --output")
         job.prepare()
     text = (slurm.TEMPLATES / "sweep.sbatch").read_text(encoding="utf-8")
     tasks = max(arguments.gpus, 1)
     options = {"job_name": name, "array": f"0-{len(runs) - 1}%{arguments.jobs}", "gpus_per_node": str(arguments.gpus),
                "ntasks_per_node": str(tasks)}  # fmt: skip
     text = slurm.set_options(text, options)
-    entries = " ".join(shlex.quote(shlex.join(_absolute(job))) for job in runs)
+    entries = " ".join(shlex.quote(" ".join(_absolute(job))) for job in runs)
     settings = {"PYTHON": sys.executable} | ({"DS_CONFIG": arguments.ds_config} if arguments.ds_config else {})
     for key, value in settings.items():
         text, _ = slurm.replace_lines(rf"{key}=.*", f"{key}={shlex.quote(value)}", text)

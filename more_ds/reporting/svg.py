@@ -25,6 +25,7 @@ _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.facecolor": "none",
+    "axes.formatter.useoffset": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -1,8 +1,8 @@
 """What a study is: systems that are trained on the same data, in the same order, and compared.
 
 A study is a YAML file in `launch/studies`; where it trains stands in `launch/studies/scales/<scale>.yaml`, for each of
-the data sets that studies name, and there for each backbone, as keys of a run. Its `transfer` says what is learnt from a few
-examples, and its `only` which systems of a study are trained at this scale.
+the data sets that studies name, and there for each backbone, as keys of a run. Its `transfer` says what is learnt from
+a few examples, and its `only` which systems of a study are trained at this scale.
 
     about: one line
     data: glue                  # a data set of the scale

@@ -112,6 +112,10 @@ def make_jobs(
         for arm in study.arms:
             for seed in runs:
                 for job in _runs(study, arm, backbone, base_keys(keys, flags), seed, output, ds_config):
+                    if job.id in jobs and study.kind != "transfer":
+                        raise UserError(
+                            f"systems '{jobs[job.id].arm}' and '{arm.name}' are one run; change one of them"
+                        )
                     jobs[job.id] = job
                     jobs |= {one.id: one for one in _followers(study, arm, job, scale, seeds)}
     return sorted(jobs.values(), key=lambda job: job.source is not None)

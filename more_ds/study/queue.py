@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from more_ds import log
-from more_ds.engine import cores
+from more_ds.engine import cores, free_port
 from more_ds.errors import PREEMPTED, PreemptedError, TrainingError
 from more_ds.study.jobs import Job
 
@@ -52,7 +53,8 @@ def launcher(slots: int, gpus: int) -> Start:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(slot * gpus, (slot + 1) * gpus)))
         if gpus > 1:
             # Every job's ranks meet at a port of their own.
-            command = ["deepspeed", "--num_gpus", str(gpus), "--master_port", str(29500 + slot), *command[2:]]
+            ranks = ["--num_gpus", str(gpus), "--master_port", str(free_port())]
+            command = [sys.executable, "-m", "deepspeed.launcher.runner", *ranks, *command[2:]]
         with output.open("a", encoding="utf-8") as stream:
             return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
 
@@ -100,7 +102,7 @@ def run_all(jobs: Sequence[Job], start: Start, *, slots: int, logs: Path) -> Non
                 process.send_signal(signal.SIGTERM)
             for _, process in running.values():
                 process.wait()
-            raise PreemptedError("asked to stop; the same command goes on") from None
+            raise PreemptedError("by a signal; the same command goes on") from None
     failed = [job for job in jobs if codes[job.id]]
     if failed:
         names = "; ".join(f"{job.arm} ({_log(logs, job)})" for job in failed[:5])
