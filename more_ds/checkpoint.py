@@ -9,10 +9,9 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,8 +47,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Adapter:
+class _Adapter(NamedTuple):
     """The tensors that PEFT saves, by the names under which it does, as they live in the model."""
 
     model: PeftModel
@@ -214,6 +212,8 @@ def _adapter(model: PeftModel) -> _Adapter:
     Raises:
         UserError: a trained parameter is not among them, so that no checkpoint would have it.
     """
+    if not isinstance(model, PeftModel):  # pretraining has no adapter: all of the model takes its place
+        return _Adapter(model, dict(model.named_parameters()), {}, {})
     whole = model.state_dict(keep_vars=True)
     full_names = {id(tensor): name for name, tensor in whole.items()}
     if model.active_peft_config.is_prompt_learning:
@@ -258,10 +258,11 @@ def _set_buffers(adapter: _Adapter, saved: Mapping[str, Tensor] | None, device: 
 
 def _config(model: PeftModel) -> bytes:
     """`adapter_config.json` as PEFT writes it, with sets in a fixed order."""
+    if not isinstance(model, PeftModel):
+        return to_json(model.config.to_dict())
     config = copy.copy(model.peft_config[model.active_adapter])
     config.inference_mode = True
-    content = config.to_dict()
-    return to_json({key: sorted(value) if isinstance(value, set) else value for key, value in content.items()})
+    return to_json({key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()})
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
