@@ -7,66 +7,23 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from run_records import HOSTILE, MAPS, write_run
 from safetensors.numpy import save_file
 from sklearn.decomposition import PCA
-from test_results import result
 from tiny_models import base_model, tokenizer
 
 from eval import report
 from more_ds.config import RunConfig
 from more_ds.map_names import Place, place_of
 from more_ds.planner.hardware import gpu_like
+from more_ds.reporting.curves import scores_by_task, training
 from more_ds.reporting.embeddings import plane, read_embeddings, similarity
 from more_ds.reporting.gates import collapse, gate_section, moved
 from more_ds.reporting.predicted import measured, predicted
 from more_ds.reporting.record import read_run
-from more_ds.results import write_results
-
-HOSTILE = "<script>alert(1)</script>$x$&"
-TASKS = ["one", "two", HOSTILE]
-MAPS = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
-CONFIG = {"model": "base", "method": "more", "suite": ["toy"], "adapter": {"r": 4}, "train_batch_size": 4, "seed": 1}
-
-
-def write_run(folder: Path, *, ranks: list[list[int]] | None = None, scored: bool = True, **plan: Any) -> Path:
-    """A run of three tasks and eight steps, with two evaluations; `ranks` are those of the second, by map."""
-    folder.mkdir(parents=True)
-    tasks = {
-        name: {"suite": "toy", "metric": "accuracy", "rows": 10, "validation": 5, "share": 1 / 3} for name in TASKS
-    }
-    facts = {"tasks": tasks, "trainable": {"A": 30, "B": 10}, "frozen": 960, "total_steps": 8, "steps_per_epoch": 8,
-             "dtype": "fp32", "ranks": 1, "micro_batch": 4, "accumulation": 1, "device": "CPU",
-             "device_memory_gb": None}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"learning_rate": 0.1}))
-    (folder / "plan.json").write_text(json.dumps(facts | plan))
-    (folder / "versions.json").write_text(json.dumps({"commit": "abc", "command": ["train", HOSTILE]}))
-    rows: list[dict[str, Any]] = []
-    for step in range(1, 9):
-        task = TASKS[step % 3]
-        part = {"loss": 1 / step, "loss_auxiliary": 0.1, "examples": 4, "tokens": 40, "label_tokens": 8}
-        rows.append({"step": step, "learning_rate": 0.1, "grad_norm": 2.0, "loss": 1.0, "loss_lm": 1 / step,
-                     "loss_auxiliary": 0.1, "tasks": {task: part}, "tokens_per_second": 100.0 * step,
-                     "examples_per_second": 2.0, "peak_memory_gb": 1.5})  # fmt: skip
-    for step, chosen in ((0, [[1, 2, 3]] * 3), (8, ranks or [[1, 2, 3], [1, 4, 3], [4, 4, 4]])):
-        rows.append({"step": step, "mean_score": 50.0, "evaluation": {name: {"accuracy": 50.0} for name in TASKS}})
-        rows.append({"step": step, "gates": {
-            "ranks": dict(zip(MAPS, chosen, strict=True)), "entropy": {name: [math.log(4), 0.0, 0.5] for name in MAPS},
-            "mean_rank": dict.fromkeys(TASKS, 2.0), "mean_entropy": dict.fromkeys(TASKS, 1.0), "distinct_ranks": 2.0,
-        }})  # fmt: skip
-        cosine = {"one": {"two": -0.25, HOSTILE: 0.5}, "two": {HOSTILE: None}}
-        rows.append({"step": step, "gradients": {"norm": dict.fromkeys(TASKS, 3.0), "cosine": cosine}})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if scored:
-        write_results(folder / "eval" / "test", [result(name, 60.0 + i) for i, name in enumerate(TASKS)], {})
-    draw = np.random.default_rng(0)
-    tables = {f"base_model.model.{name}.more_task.weight": draw.normal(size=(3, 6)) for name in MAPS}
-    (folder / "best").mkdir()
-    save_file(tables | {"base_model.model.x.more_A.weight": np.ones((1, 1))}, folder / "best/adapter_model.safetensors")
-    return folder
 
 
 class Page(HTMLParser):
@@ -173,6 +130,16 @@ def test_a_conflict_of_gradients_has_the_other_colour(text: str) -> None:
     assert text.count('<td class="below" style="--v:25%">-0.25</td>') == 2
     body = text[text.index("<h2>Gradients of the tasks</h2>") :]
     assert body[: body.index("</table>")].count("<td></td>") == 3, "the corner, and the pair that is not known, twice"
+
+
+def test_a_score_of_zero_is_shown_and_a_loss_that_is_none_is_not(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "zero")
+    log = (folder / "metrics.jsonl").read_text()
+    log = log.replace('"accuracy": 50.0', '"accuracy": 0.0').replace('"loss_auxiliary": 0.1', '"loss_auxiliary": 0.0')
+    (folder / "metrics.jsonl").write_text(log)
+    record = read_run(folder, "zero")
+    assert "two: accuracy" in scores_by_task([record])
+    assert "contrastive" not in training([record])
 
 
 def test_collapse_is_said_out_loud(tmp_path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ POINTS = 200
 """Most points of a curve; more rows than that are averaged in equal parts."""
 _CURVES = {
     "loss per label token": lambda row: row["loss_lm"],
-    "the method's own loss (contrastive)": lambda row: row["loss_auxiliary"],
+    "the method's own loss (contrastive)": lambda row: row["loss_auxiliary"] or None,  # most methods have none
     "gradient norm": lambda row: row["grad_norm"],
     "learning rate": lambda row: row["learning_rate"],
 }
@@ -95,7 +95,7 @@ def _lines(records: Sequence[RunRecord], key: str, read: Callable[[Row], Any]) -
     found: Lines = {}
     for record in records:
         known = [(row["step"], value) for row in record.with_key(key) if (value := _value(read, row)) is not None]
-        if any(value for _, value in known):
+        if known:
             found[record.name] = _thinned(known)
     return found
 

@@ -126,12 +126,19 @@ def _log(logs: Path, job: Job) -> Path:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM and SIGUSR1, by which clusters ask for a stop, do what Ctrl-C does."""
+    """SIGTERM and SIGUSR1, by which clusters ask for a stop, do what Ctrl-C does; what follows the first means nothing.
+
+    Launchers and `timeout` send one to the process and one to its group.
+    """
+    asked = False
 
     def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        nonlocal asked
+        if not asked:
+            asked = True
+            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
     finally:
