@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,7 +77,7 @@ def run_all(jobs: Sequence[Job], start: Start, *, slots: int, logs: Path) -> Non
     waiting = [job for job in jobs if not job.is_done]
     codes: dict[str, int] = {job.id: 0 for job in jobs if job.is_done}
     running: dict[int, tuple[Job, Process]] = {}
-    with log.Progress(len(jobs), "jobs", initial=len(codes)) as bar, _interruptible():
+    with log.Progress(len(jobs), "jobs", initial=len(codes)) as bar, _Interruptible() as stop:
         try:
             while waiting or running:
                 for job in _ready(waiting, codes):
@@ -98,11 +97,12 @@ def run_all(jobs: Sequence[Job], start: Start, *, slots: int, logs: Path) -> Non
                 _fail_followers(waiting, codes)
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
+            stop.is_stopping = True
             for _, process in running.values():
                 process.send_signal(signal.SIGTERM)
             for _, process in running.values():
                 process.wait()
-            raise PreemptedError("by a signal; the same command goes on") from None
+            raise PreemptedError("asked to", "the same command goes on") from None
     failed = [job for job in jobs if codes[job.id]]
     if failed:
         names = "; ".join(f"{job.arm} ({_log(logs, job)})" for job in failed[:5])
@@ -124,23 +124,22 @@ def _log(logs: Path, job: Job) -> Path:
     return logs / f"{job.id.replace('/', '-')}.log"
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and SIGUSR1, by which clusters ask for a stop, do what Ctrl-C does; what follows the first means nothing.
+class _Interruptible:
+    """A context in which SIGTERM and SIGUSR1, by which clusters ask for a stop, do what Ctrl-C does.
 
-    Launchers and `timeout` send one to the process and one to its group.
+    What follows the first means nothing: launchers and `timeout` send one to the process and one to its group.
     """
-    asked = False
 
-    def stop(number: int, frame: Any) -> None:
-        nonlocal asked
-        if not asked:
-            asked = True
-            raise KeyboardInterrupt
+    def __enter__(self) -> _Interruptible:
+        self.is_stopping = False
+        self._before = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        return self
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if not self.is_stopping:
+            self.is_stopping = True
+            raise KeyboardInterrupt
