@@ -12,6 +12,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from peft import get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import base_model, text_model, tokenizer
 
 from launch import train
@@ -167,7 +168,7 @@ def test_a_row_of_gates_by_hand() -> None:
 
 
 def test_the_run_notes_its_gates_and_tells_the_monitors(place: Path) -> None:
-    folder = run(place, "gates")
+    folder = run(place, "gates", "--report_to", "tensorboard")
     found = rows(folder, "gates")
     assert [row["step"] for row in found] == [0, 2, 4]
     ranks = found[0]["gates"]["ranks"]
@@ -177,6 +178,11 @@ def test_the_run_notes_its_gates_and_tells_the_monitors(place: Path) -> None:
     assert curves.keys() == {"train/gates/distinct_ranks"} | {
         f"train/gates/{what}/{task}" for what in ("mean_rank", "mean_entropy") for task in ("one", "two")
     }
+    events = EventAccumulator(str(folder / "monitors" / "tensorboard"))
+    events.Reload()
+    assert curves.keys() <= set(events.Tags()["scalars"])
+    last = events.Scalars("train/gates/mean_rank/one")[-1]
+    assert (last.step, last.value) == (4, pytest.approx(found[-1]["gates"]["mean_rank"]["one"]))
     facts = json.loads((folder / "plan.json").read_text())
     assert facts["tasks"]["two"] == {"suite": "tasks", "metric": "exact_match", "rows": 12, "validation": 4,
                                      "share": 0.5}  # fmt: skip
