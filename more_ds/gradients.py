@@ -1,7 +1,7 @@
 """Whether the tasks pull the adapter apart: the norms of their gradients, and the cosines between them.
 
-Measured beside the training, which stays what it is, to the bit: on copies of nothing, with gradients that never reach
-the parameters, and with random numbers and buffers put back.
+Measured beside the training, which stays what it is, to the bit: the gradients never reach the parameters, and random
+numbers and buffers are put back.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def task_gradients(
 def _batch(text_model: TextModel, rows: Sequence[Example], task: int, micro: int, rank: int) -> Batch:
     chosen = [rows[(rank * micro + i) % len(rows)] for i in range(micro)]
     encoder = text_model.encoder
-    prompts = [encoder.prompt(row.prompt) for row in chosen]
-    return text_model.collator.answers(prompts, [encoder.target(row.target) for row in chosen], [task] * micro)
+    prompts, targets = encoder.prompts([row.prompt for row in chosen]), encoder.targets([row.target for row in chosen])
+    return text_model.collator.answers(prompts, targets, [task] * micro)
 
 
 @contextmanager
