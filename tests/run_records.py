@@ -37,7 +37,7 @@ def write_run(folder: Path, *, ranks: list[list[int]] | None = None, scored: boo
         part = {"loss": 1 / step, "loss_auxiliary": 0.1, "examples": 4, "tokens": 40, "label_tokens": 8}
         rows.append({"step": step, "learning_rate": 0.1, "grad_norm": 2.0, "loss": 1.0, "loss_lm": 1 / step,
                      "loss_auxiliary": 0.1, "tasks": {task: part}, "tokens_per_second": 100.0 * step,
-                     "examples_per_second": 2.0, "peak_memory_gb": 1.5})  # fmt: skip
+                     "examples_per_second": 2.0, "padding": 0.25, "peak_memory_gb": 1.5})  # fmt: skip
     for step, chosen in ((0, [[1, 2, 3]] * 3), (8, ranks or [[1, 2, 3], [1, 4, 3], [4, 4, 4]])):
         rows.append({"step": step, "mean_score": 50.0, "evaluation": {name: {"accuracy": 50.0} for name in TASKS}})
         rows.append({"step": step, "gates": {

@@ -54,7 +54,7 @@ def speed(records: Sequence[RunRecord]) -> str:
     """Throughput and memory."""
     reads: dict[str, Callable[[Row], Any]] = {
         "tokens per second": lambda row: row["tokens_per_second"],
-        "examples per second": lambda row: row["examples_per_second"],
+        "padding, %": lambda row: 100 * row["padding"],
         "peak memory, GB": lambda row: row["peak_memory_gb"],
     }
     return _grid([Panel(title, _lines(records, "loss", read)) for title, read in reads.items()], columns=3)
