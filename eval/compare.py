@@ -1,7 +1,7 @@
 """Lay results side by side: `python eval/compare.py runs/lora/eval/glue-test runs/more/eval/glue-test`.
 
 Columns are named after their paths, or by NAME=PATH. `--paired` tests the difference of two of them, `--paper` adds
-published numbers, `--output table.tex` (or .md, .json) writes a file.
+published numbers, `--output table.tex` (or .md, .html, .json) writes a file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from more_ds.compare.tables import FORMATS, as_json
 from more_ds.errors import UserError
 from more_ds.results import RESULTS
 
-SUFFIXES = {".md": "markdown", ".tex": "latex", ".json": "json"}
+SUFFIXES = {".md": "markdown", ".tex": "latex", ".html": "html", ".json": "json"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

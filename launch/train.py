@@ -102,7 +102,7 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
     config = the_plan.config
     ds_config = with_monitors(the_plan.ds_config, config.report_to, folder.path / "monitors")
     if ranks.rank == 0:
-        folder.create(config, ds_config)
+        folder.create(config, ds_config, report.facts(the_plan, ranks))
     sharding = shard_while_loading(ds_config)
     base: Any = load_base(
         config.model,
@@ -149,7 +149,7 @@ def train_on(run: Run) -> None:
 def leave_out_bad_steps(run: Run) -> None:
     """Train, leaving out as many steps that are not finite as the run allows."""
     if run.progress.step == 0:
-        run.progress.first_ranks = {name: chosen.tolist() for name, chosen in run.chosen_ranks().items()}
+        run.begin()
         if run.plan.config.skip_nonfinite:
             run.save()  # there must be something to go back to
     while True:

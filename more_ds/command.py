@@ -32,7 +32,7 @@ def run(main: Callable[[], None]) -> int:
         _say_once(error)
         return 1
     except PreemptedError as reason:
-        log.say(f"stopped ({reason}) and saved; go on with --resume auto")
+        log.say(f"stopped ({reason}) and saved; {reason.how}")
         return PREEMPTED
     return 0
 

@@ -89,6 +89,7 @@ class RunConfig:
     logging_steps: int = _option(10, "optimizer steps between rows of metrics.jsonl")
     max_hours: float | None = _option(None, "save and stop before the run has taken so long; go on with --resume auto")
     skip_nonfinite: int = _option(0, "steps with a loss that is not finite to leave out, from the last checkpoint on")
+    gradient_cosine: bool = _option(False, "measure at evaluations how the tasks' gradients lie to each other")
     report_to: list[str] = _option([], "tensorboard, wandb, csv: DeepSpeed's monitors")
     output_dir: str | None = _option(None, "run folder; default: runs/<recipe>-<time>")
 

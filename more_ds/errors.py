@@ -43,4 +43,12 @@ PREEMPTED = 75
 
 
 class PreemptedError(Exception):
-    """A run that was asked to stop, on all ranks after the same step; exit code `PREEMPTED`. Says by what."""
+    """A run that was asked to stop, on all ranks after the same step; exit code `PREEMPTED`. Says by what.
+
+    Attributes:
+        how: what to do to go on.
+    """
+
+    def __init__(self, reason: str, how: str = "go on with --resume auto") -> None:
+        super().__init__(reason)
+        self.how = how

@@ -82,7 +82,13 @@ class Ledger:
         nll, labels, auxiliary, examples, tokens, computed = columns.sum(0).tolist()
         loss_lm, loss_auxiliary = nll / max(labels, 1), auxiliary / max(examples, 1)
         by_task = {
-            name: {"loss": part[0] / part[1], "examples": int(part[3])}
+            name: {
+                "loss": part[0] / part[1],
+                "loss_auxiliary": part[2] / part[3],
+                "examples": int(part[3]),
+                "tokens": int(part[4]),
+                "label_tokens": int(part[1]),
+            }
             for name, part in zip(self.task_names, columns.tolist(), strict=True)
             if part[1]
         }

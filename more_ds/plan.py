@@ -129,6 +129,10 @@ def make(
     if dtype == "fp16" and not on_gpu:
         raise UserError("fp16 needs a GPU; use --dtype bf16 or fp32")
     ds_config = resolve(ds_config_path, config, sizes, dtype)
+    if config.gradient_cosine and zero_stage(ds_config) == 3:
+        raise UserError(
+            "--gradient_cosine needs whole parameters on each rank, not ZeRO-3; use a ds_config with ZeRO-2"
+        )
     tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
     _check_weights(config, tasks)
     config = with_demo(config)

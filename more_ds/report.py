@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from more_ds import log
 from more_ds.engine import Ranks
+from more_ds.map_names import place_of
 from more_ds.plan import Plan
 
 
@@ -40,6 +40,34 @@ def header(plan: Plan, ranks: Ranks, output: str) -> str:
         ("output", output),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
+
+
+def facts(plan: Plan, ranks: Ranks) -> dict[str, Any]:
+    """What a run is, in numbers that are not in its configuration: `plan.json`."""
+    sizes = plan.sizes
+    return {
+        "tasks": {
+            row.name: {
+                "suite": task.suite,
+                "metric": task.primary,
+                "rows": row.size,
+                "validation": len(plan.validation[row.name]),
+                "share": row.share,
+            }
+            for task, row in zip(plan.tasks, plan.sampler.summary(plan.total_steps), strict=True)
+        },
+        "trainable": plan.trainable,
+        "frozen": plan.frozen,
+        "maps": plan.maps,
+        "total_steps": plan.total_steps,
+        "steps_per_epoch": plan.sampler.steps_per_epoch,
+        "dtype": plan.dtype,
+        "ranks": sizes.world,
+        "micro_batch": sizes.micro,
+        "accumulation": sizes.accumulation,
+        "device": torch.cuda.get_device_name() if ranks.on_gpu else "CPU",
+        "device_memory_gb": torch.cuda.get_device_properties(ranks.device).total_memory / 1e9 if ranks.on_gpu else None,
+    }
 
 
 def sampling(plan: Plan) -> str:
@@ -84,9 +112,7 @@ def rank_table(ranks: Mapping[str, Tensor], task_names: Sequence[str], before: M
     """
     layers: dict[str, list[Tensor]] = {}
     for name, chosen in ranks.items():
-        found = re.search(r"(encoder|decoder)?\.?(?:layers|block|h|layer)\.(\d+)\.", name)
-        key = f"{found[1] + ' ' if found[1] else ''}layer {found[2]}" if found else name
-        layers.setdefault(key, []).append(chosen)
+        layers.setdefault(place_of(name).layer, []).append(chosen)
     rows = [[name, *torch.stack(chosen).float().mean(0).tolist()] for name, chosen in layers.items()]
     every = torch.stack(list(ranks.values())).float()
     text = log.table(["mean rank", *task_names], [*rows, ["all", *every.mean(0).tolist()]])

@@ -22,6 +22,8 @@ from more_ds.engine import Ranks, gathered
 from more_ds.errors import NonFiniteError
 from more_ds.evaluate import evaluate
 from more_ds.export.whole import write_model
+from more_ds.gates import gate_entropy, gate_row
+from more_ds.gradients import task_gradients
 from more_ds.plan import Plan
 from more_ds.results import TaskResult, mean_score, write_results
 from more_ds.run_folder import RunFolder, copy_adapter, publish, versions
@@ -82,6 +84,14 @@ class Run:
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events([(name, value, step) for name, value in _numbers(row)])
 
+    def begin(self) -> None:
+        """Note what the untrained gates choose; rows of a run that ended before its first checkpoint go."""
+        if self.ranks.rank == 0:
+            self.folder.forget_after(-1)
+        self.progress.first_ranks = {name: chosen.tolist() for name, chosen in self.chosen_ranks().items()}
+        self._look_inside()
+        self.engine.train()
+
     def evaluation_is_due(self) -> bool:
         """Whether the validation splits are to be scored at this step and have not been."""
         step, state = self.progress.step, self.progress
@@ -119,6 +129,8 @@ class Run:
             state.scores["best"] = scores
         else:
             state.worse_in_a_row += 1
+        if not untuned:
+            self._look_inside()
         log.say(f"step {state.step}: mean validation score {mean:.2f}{' (untuned)' if untuned else ''}")
         self.engine.train()
 
@@ -237,8 +249,25 @@ class Run:
         tuner = getattr(self.text_model.peft, "base_model", None)
         if not hasattr(type(tuner), "ranks"):
             return {}
-        with gathered(p for p in self.text_model.peft.parameters() if p.requires_grad):
+        with self._gathered():
             return {name: chosen.cpu() for name, chosen in tuner.ranks().items()}  # type: ignore[union-attr]
+
+    def _look_inside(self) -> None:
+        """Log what the gates choose, and how the tasks' gradients lie to each other where that is asked for."""
+        names, row = self.plan.task_names, {}
+        if chosen := self.chosen_ranks():
+            with self._gathered():
+                row["gates"] = gate_row(chosen, gate_entropy(self.text_model.peft), names)
+        if self.plan.config.gradient_cosine:
+            row["gradients"] = task_gradients(
+                self.text_model, self.plan.train, names, micro=self.plan.sizes.micro, ranks=self.ranks,
+                seed=self.plan.config.seed,
+            )  # fmt: skip
+        if row:
+            self.log(row)
+
+    def _gathered(self) -> Any:
+        return gathered(p for p in self.text_model.peft.parameters() if p.requires_grad)
 
     def _score(
         self, tasks: Sequence[Task], examples: Mapping[str, Sequence[Example]], split: str, resamples: int = 0

@@ -22,13 +22,14 @@ from more_ds.errors import UserError
 NOT_DECISIVE = (
     "output_dir", "report_to", "save_total_limit", "logging_steps", "per_device_eval_batch_size",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_hours", "skip_nonfinite",
+    "gradient_cosine",
 )  # fmt: skip
 """Keys that a resumed run may change: they do not decide its result."""
 
 
 class RunFolder:
-    """Files of a run: `config.json`, `ds_config.json`, `versions.json`, `metrics.jsonl`, `checkpoints/`, `best/`,
-    `last/`, `eval/`."""
+    """Files of a run: `config.json`, `ds_config.json`, `plan.json`, `versions.json`, `metrics.jsonl`, `checkpoints/`,
+    `best/`, `last/`, `eval/`."""
 
     def __init__(self, path: Path) -> None:
         """Name a folder; nothing is written yet."""
@@ -86,11 +87,12 @@ class RunFolder:
         if saved["sha256"] != now["sha256"]:
             raise UserError(f"the checkpoint in {self.path} was trained on another base model, {saved}, not on {now}")
 
-    def create(self, config: RunConfig, ds_config: dict[str, Any]) -> None:
-        """Write what the run is made of."""
+    def create(self, config: RunConfig, ds_config: dict[str, Any], plan: dict[str, Any]) -> None:
+        """Write what the run is made of: configuration, versions, and the numbers of `report.facts`."""
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self.path / "config.json", asdict(config))
         _write(self.path / "ds_config.json", ds_config)
+        _write(self.path / "plan.json", plan)
         _write(self.path / "versions.json", versions() | {"command": sys.argv, "config_hash": config.digest()})
 
     def log(self, row: dict[str, Any]) -> None:

@@ -52,6 +52,15 @@ class TaskPair(NamedTuple):
     golds: Sequence[Any]
 
 
+class RepeatedPair(NamedTuple):
+    """The same of two systems that have been trained several times: a list of predictions for each run."""
+
+    fn: CorpusMetric
+    a: Sequence[Sequence[Any]]
+    b: Sequence[Sequence[Any]]
+    golds: Sequence[Any]
+
+
 class Paired(NamedTuple):
     """How two systems differ on the same examples.
 
@@ -96,16 +105,30 @@ def paired_test(
 def paired_mean_test(tasks: Sequence[TaskPair], resamples: int = 1000, seed: int = 0) -> Paired:
     """Compare two systems by the mean of a metric over several tasks, whose examples are drawn apart.
 
+    Raises:
+        ValueError: no tasks, and as in `standard_error`.
+    """
+    return repeated_mean_test([RepeatedPair(fn, [a], [b], golds) for fn, a, b, golds in tasks], resamples, seed)
+
+
+def repeated_mean_test(tasks: Sequence[RepeatedPair], resamples: int = 1000, seed: int = 0) -> Paired:
+    """Compare two systems that were trained several times, by the mean over tasks and runs.
+
+    All runs are scored on the same resample of a task's examples. What chance in training does to the runs is not in
+    the test; their deviation shows it.
+
     The resampled differences, moved to a mean of zero, say how large a difference chance alone makes.
 
     Raises:
         ValueError: no tasks, and as in `standard_error`.
     """
     drawn = np.zeros(resamples)
+    differences = []
     for number, (fn, a, b, golds) in enumerate(tasks):
-        first, second = _resampled(fn, [a, b], golds, resamples, seed + number)
-        drawn += (first - second) / len(tasks)
-    difference = fmean(task.fn(task.a, task.golds) - task.fn(task.b, task.golds) for task in tasks)
+        values = _resampled(fn, [*a, *b], golds, resamples, seed + number)
+        drawn += (values[: len(a)].mean(0) - values[len(a) :].mean(0)) / len(tasks)
+        differences.append(fmean(fn(run, golds) for run in a) - fmean(fn(run, golds) for run in b))
+    difference = fmean(differences)
     # A rounding error must not part two differences that are the same.
     extreme = np.abs(drawn - drawn.mean()) >= abs(difference) - 1e-9
     tail = (1.0 - LEVEL) / 2

@@ -10,7 +10,7 @@ import math
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
@@ -58,12 +58,14 @@ class System:
         results: by row.
         settings: of the scoring, as `eval/run.py` records them.
         path: the file or its folder.
+        mean_errors: standard errors of the means by split; where there is none, the tasks' errors are taken as apart.
     """
 
     name: str
     results: Mapping[Row, TaskResult]
     settings: Mapping[str, Any]
     path: Path
+    mean_errors: Mapping[str, float] = field(default_factory=dict)
 
     def score(self, row: Row, metric: str) -> float | None:
         """The metric in percent; None: not known."""
@@ -195,13 +197,14 @@ class _Suite:
     def _means(self, scores: Sequence[Sequence[Cell]], tasks: set[str], split: str) -> list[Cell]:
         """The mean of every column that has all scores; the tasks share no examples, so their errors are apart."""
         means = []
-        for cells in list(zip(*scores, strict=True))[: len(self.systems)]:
+        for system, cells in zip(self.systems, zip(*scores, strict=True), strict=False):
             values = [cell.value for cell in cells if isinstance(cell.value, float)]
             errors = [cell.error for cell in cells if cell.error is not None]
             if len(values) < len(cells):
                 means.append(Cell(None))
                 continue
-            error = math.hypot(*errors) / len(cells) if len(errors) == len(cells) else None
+            apart = math.hypot(*errors) / len(cells) if len(errors) == len(cells) else None
+            error = system.mean_errors.get(split, apart)
             means.append(Cell(fmean(values), error, "".join(sorted({mark for cell in cells for mark in cell.marks}))))
         for column in self.published:
             if split != column.split:

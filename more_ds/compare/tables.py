@@ -1,7 +1,8 @@
-"""Tables of numbers with errors and footnotes, as plain text, Markdown, LaTeX and JSON."""
+"""Tables of numbers with errors and footnotes, as plain text, Markdown, LaTeX, HTML and JSON."""
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -135,7 +136,41 @@ def as_latex(table: Table, decimals: int) -> str:
     return "\n".join(lines)
 
 
-FORMATS: dict[str, Callable[[Table, int], str]] = {"table": as_text, "markdown": as_markdown, "latex": as_latex}
+def as_html(table: Table, decimals: int) -> str:
+    """A `<table>` without a style of its own; the best number is strong."""
+
+    def show(cell: Cell) -> str:
+        if cell.value is None or isinstance(cell.value, str):
+            return html.escape(cell.value or "") if cell.value is not None else "–"
+        number, error = cell.digits(decimals)
+        number = f"<strong>{number}</strong>" if cell.is_best else number
+        return number + (f" ± {error}" if error else "") + (f" <sup>{cell.marks}</sup>" if cell.marks else "")
+
+    tags = ["th"] * table.labels + ["td"] * (len(table.header) - table.labels)
+    lines = [
+        f"<table><caption>{html.escape(table.title)}</caption>",
+        f"<thead><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in table.header)}</tr></thead>",
+        "<tbody>",
+        *(
+            f"<tr>{''.join(f'<{tag}>{show(cell)}</{tag}>' for tag, cell in zip(tags, row, strict=True))}</tr>"
+            for row in table.rows
+        ),
+        "</tbody>",
+        *(
+            f'<tfoot><tr><td colspan="{len(table.header)}"><sup>{mark}</sup> {html.escape(note)}</td></tr></tfoot>'
+            for mark, note in table.notes.items()
+        ),
+        "</table>",
+    ]
+    return "\n".join(lines)
+
+
+FORMATS: dict[str, Callable[[Table, int], str]] = {
+    "table": as_text,
+    "markdown": as_markdown,
+    "latex": as_latex,
+    "html": as_html,
+}
 
 
 def as_json(tables: Sequence[Table]) -> str:

@@ -4,7 +4,7 @@ Nothing is downloaded. The first call to `prepare` takes about a minute, later o
 """
 
 from more_ds.demo.cache import DemoPaths, prepare, prepare_data
-from more_ds.demo.tokenizer import Kind
+from more_ds.pretrain.tokenizer import Kind
 
 MODELS: dict[str, Kind] = {"demo": "llama", "demo-t5": "t5"}
 """Name under which a backbone is asked for -> its kind."""

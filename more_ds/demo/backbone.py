@@ -13,32 +13,25 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from more_ds.demo.lexicon import GLOSSARY
-from more_ds.demo.spans import IGNORED, SpanCorruption, pad_rows
+from more_ds.demo.spans import SpanCorruption
 from more_ds.demo.text import documents
-from more_ds.demo.tokenizer import Kind, train_tokenizer
+from more_ds.demo.tokenizer import train_tokenizer
 from more_ds.log import Progress
+from more_ds.losses import IGNORED
+from more_ds.pretrain.shapes import Sizes, llama, t5
+from more_ds.pretrain.spans import Batch, pad_rows
+from more_ds.pretrain.tokenizer import Kind
 
 STEPS = {"llama": 900, "t5": 500}
 TEXT_SEED = 17
-WIDTH = 128
-LAYERS = 4
-HEADS = 4
+SIZES = {"llama": Sizes(128, 256, layers=4, heads=4), "t5": Sizes(128, 256, layers=3, heads=4)}
 DOCUMENTS = 32
 """Documents in a batch."""
 PEAK_LR = 2e-3
 WARMUP_STEPS = 50
-
-Batch = dict[str, torch.Tensor]
 
 
 def build_backbone(kind: Kind, folder: Path, steps: int | None = None) -> None:
@@ -52,7 +45,7 @@ def build_backbone(kind: Kind, folder: Path, steps: int | None = None) -> None:
     tokenizer = train_tokenizer(kind, sample, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _llama(tokenizer) if kind == "llama" else _t5(tokenizer)
+        model = (llama if kind == "llama" else t5)(tokenizer, SIZES[kind])
         batches = (
             whole_documents(tokenizer) if kind == "llama" else SpanCorruption(tokenizer, TEXT_SEED, DOCUMENTS).batches()
         )
@@ -60,41 +53,6 @@ def build_backbone(kind: Kind, folder: Path, steps: int | None = None) -> None:
     model.eval()
     model.save_pretrained(folder)
     (folder / "pretraining.log").write_text("\n".join(lines) + "\n")
-
-
-def _llama(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=WIDTH**-0.5,  # at the usual 0.02 so narrow a model hardly learns
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
-
-
-def _t5(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    config = T5Config(  # type: ignore[call-arg]
-        vocab_size=len(tokenizer),
-        d_model=WIDTH,
-        d_kv=WIDTH // HEADS,
-        d_ff=2 * WIDTH,
-        num_layers=LAYERS - 1,
-        num_heads=HEADS,
-        dropout_rate=0.0,
-        feed_forward_proj="relu",
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
-    )
-    return T5ForConditionalGeneration(config)
 
 
 def _pretrain(model: PreTrainedModel, batches: Iterator[Batch], steps: int) -> list[str]:

@@ -9,8 +9,8 @@ from typing import NamedTuple, get_args
 from more_ds.cache import cache_root, make_once
 from more_ds.demo.backbone import build_backbone
 from more_ds.demo.generate import write_tasks
-from more_ds.demo.tokenizer import Kind
 from more_ds.errors import UserError, suggest
+from more_ds.pretrain.tokenizer import Kind
 
 _SOURCES = Path(__file__).parent
 

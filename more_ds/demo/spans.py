@@ -1,4 +1,4 @@
-"""Span corruption, the pretraining of T5: gaps in the input, their text in the output."""
+"""Gaps in the demo's documents, for T5's pretraining."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from more_ds.demo.text import documents
 from more_ds.demo.tokenizer import SENTINELS
-
-Batch = dict[str, torch.Tensor]
-IGNORED = -100
+from more_ds.pretrain.spans import Batch, corrupt, seq2seq_batch
 
 
 class SpanCorruption:
@@ -31,35 +28,16 @@ class SpanCorruption:
         self._sentinels = [tokenizer.get_vocab()[f"<extra_id_{i}>"] for i in range(SENTINELS)]
 
     def batches(self) -> Iterator[Batch]:
-        """Yield padded batches: `input_ids`, `attention_mask`, `labels` (-100 where padded)."""
+        """Yield padded batches, see `seq2seq_batch`."""
         pad, eos = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
         while True:
             texts = list(islice(self._stream, self._count))
             encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-            pairs = [self.corrupt(ids) for ids in encoded]
-            inputs = pad_rows([[*source, eos] for source, _ in pairs], pad)
-            yield {
-                "input_ids": inputs,
-                "attention_mask": (inputs != pad).long(),
-                "labels": pad_rows([[*target, eos] for _, target in pairs], IGNORED),
-            }
+            yield seq2seq_batch([self.corrupt(ids) for ids in encoded], pad, eos)
 
     def corrupt(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Return the ids with sentinels for gaps, and each sentinel with the ids of its gap."""
-        source: list[int] = []
-        target: list[int] = []
-        hidden = self._gaps(len(ids))
-        used = 0
-        for at, token in enumerate(ids):
-            if not hidden[at]:
-                source.append(token)
-                continue
-            if at == 0 or not hidden[at - 1]:
-                source.append(self._sentinels[used])
-                target.append(self._sentinels[used])
-                used += 1
-            target.append(token)
-        return source, target
+        return corrupt(ids, self._gaps(len(ids)), self._sentinels)
 
     def _gaps(self, length: int) -> list[bool]:
         """Choose which of `length` tokens to hide; always at least one, never all."""
@@ -75,9 +53,3 @@ class SpanCorruption:
         if not any(hidden):
             hidden[-1] = True
         return hidden
-
-
-def pad_rows(rows: list[list[int]], value: int) -> torch.Tensor:
-    """Return the rows as one tensor, filled with `value` at their ends."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])

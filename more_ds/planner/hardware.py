@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,21 @@ def find_gpu(name: str) -> Gpu:
     if name not in known:
         raise UserError(f"unknown --gpu '{name}'{suggest(name, known)}")
     return known[name]
+
+
+def gpu_like(device: str, memory_gb: float) -> Gpu | None:
+    """The GPU whose data sheet belongs to a device.
+
+    Args:
+        device: its name, as CUDA says it, e.g. `NVIDIA A100-SXM4-80GB`.
+        memory_gb: its memory in GB of 10^9 bytes, which tells its forms apart.
+    """
+    words = set(re.findall(r"[a-z0-9]+", device.lower()))
+    for name, gpu in gpus().items():
+        kind = [word for word in name.split("-") if not word.endswith("gb")]
+        if words.issuperset(kind) and abs(gpu.memory / memory_gb - 1) < 0.15:
+            return gpu
+    return None
 
 
 def shapes() -> dict[str, dict[str, Any]]:
