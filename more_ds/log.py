@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -140,3 +140,14 @@ def _cell(value: Any) -> str:
 
 def _is_number(text: str) -> bool:
     return text == "-" or text.replace(",", "").replace(".", "").replace("%", "").lstrip("+-").isdigit()
+
+
+def numbers(row: Mapping[str, Any], prefix: str = "train") -> list[tuple[str, float]]:
+    """The numbers of a nested row of the log, each with its path as name."""
+    found: list[tuple[str, float]] = []
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            found += numbers(value, f"{prefix}/{key}")
+        elif isinstance(value, (int, float)):
+            found.append((f"{prefix}/{key}", float(value)))
+    return found

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from more_ds import demo
-from more_ds.compose.sources import identity, with_sources
+from more_ds.compose.sources import with_sources
 from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.data.rows import load_examples
@@ -22,8 +22,8 @@ from more_ds.data.sampler import BalancedSampler
 from more_ds.data.tokens import Tokens, tokenised
 from more_ds.distillation import read_teachers
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
-from more_ds.errors import UserError, suggest
-from more_ds.loading import find_subject, start_from
+from more_ds.errors import UserError
+from more_ds.loading import start_from
 from more_ds.methods import adapter_config, check_given, check_together
 from more_ds.model import (
     attach,
@@ -33,6 +33,7 @@ from more_ds.model import (
     read_model_config,
     without_weights,
 )
+from more_ds.plan_checks import check_start, check_targets, check_taught, check_vocabulary, check_weights
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
 
@@ -134,12 +135,12 @@ def make(
             "--gradient_cosine needs whole parameters on each rank, not ZeRO-3; use a ds_config with ZeRO-2"
         )
     tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
-    _check_weights(config, tasks)
+    check_weights(config, tasks)
     config = with_demo(config)
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
     names = [task.name for task in tasks]
     check_given(config.method, {"init_adapter": config.init_adapter, **config.adapter})
-    _check_start(config)
+    check_start(config)
     options, fill = with_sources(config)
     adapter = adapter_config(config.method, options, names, model_config)
     check_together(
@@ -152,8 +153,7 @@ def make(
     )
     teachers = None
     if config.distill_from is not None:
-        if config.method != "mpt":
-            raise UserError(f"distill_from names the teachers of mpt, and the method is {config.method}; leave it out")
+        check_taught(config.method)
         teachers = read_teachers(config.distill_from, names, adapter.num_virtual_tokens)  # type: ignore[attr-defined]
     virtual = getattr(adapter, "num_virtual_tokens", 0)
     check_model(model_config, dtype, virtual + config.max_source_length + config.max_target_length)
@@ -163,11 +163,11 @@ def make(
         max_source_length=config.max_source_length,
         max_target_length=config.max_target_length,
     )
-    _check_vocabulary(encoder, model_config)
+    check_vocabulary(encoder, model_config)
     trainable, frozen, maps = count(model_config, adapter, trust_remote_code, config.init_adapter)
     train = [expand(_load(config, task, "train", config.train_limit)) for task in tasks]
     validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
-    _check_targets(encoder, train)
+    check_targets(encoder, train)
     tokens = None
     if config.group_by_length:
         tokens = [tokenised(task.name, examples, encoder) for task, examples in zip(tasks, train, strict=True)]
@@ -226,49 +226,6 @@ def with_demo(config: RunConfig) -> RunConfig:
     if config.data_dir is None and "demo" in config.suite:
         config = replace(config, data_dir=str(demo.prepare_data()))
     return config
-
-
-def _check_start(config: RunConfig) -> None:
-    """Refuse to start from what is no adapter, or one of another base model."""
-    if config.init_adapter is None:
-        return
-    subject = find_subject(config.init_adapter)
-    if subject.adapter is None or config.method in ("full", "mole"):
-        what = f"{config.init_adapter} holds none" if subject.adapter is None else f"{config.method} has none"
-        raise UserError(f"init_adapter names an adapter to start from, and {what}; leave it out")
-    if identity(subject.base) != identity(config.model):
-        raise UserError(f"init_adapter {config.init_adapter} was trained on {subject.base}, and not on {config.model}")
-
-
-def _check_weights(config: RunConfig, tasks: Sequence[Task]) -> None:
-    names = [task.name for task in tasks]
-    unknown = [f"'{name}'{suggest(name, names)}" for name in config.sampling_weights if name not in names]
-    missing = [name for name in names if name not in config.sampling_weights] if config.sampling_weights else []
-    if unknown or missing:
-        raise UserError(
-            f"sampling_weights needs one weight per task; unknown: {', '.join(unknown) or 'none'}; "
-            f"missing: {', '.join(missing) or 'none'}"
-        )
-
-
-def _check_vocabulary(encoder: Encoder, model_config: Any) -> None:
-    """Refuse a tokeniser that makes ids which the model has no embedding for."""
-    tokens, room = len(encoder.tokenizer), getattr(model_config, "vocab_size", None)
-    if room is not None and tokens > room:
-        raise UserError(
-            f"the tokeniser has {tokens} tokens, the model {room}; it was extended without the model, or is another "
-            "model's: save the one that belongs to it beside it"
-        )
-
-
-def _check_targets(encoder: Encoder, train: Sequence[Sequence[Example]]) -> None:
-    """Refuse answers that are too long now, not in the step that draws them: only one rank would know why it stops.
-
-    No tokeniser makes more tokens than there are bytes; a space may come in front, and the end is marked.
-    """
-    longest = encoder.max_target_length - 2
-    for text in sorted({e.target for examples in train for e in examples if len(e.target.encode()) > longest}):
-        encoder.target(text)
 
 
 def _load(config: RunConfig, task: Task, split: str, limit: int | None) -> list[Example]:

@@ -82,7 +82,7 @@ class Run:
         if self.ranks.rank == 0:
             self.folder.log({"step": step, "epoch": round(step / self.plan.sampler.steps_per_epoch, 4), **row})
         if self.engine.monitor.enabled:
-            self.engine.monitor.write_events([(name, value, step) for name, value in _numbers(row)])
+            self.engine.monitor.write_events([(name, value, step) for name, value in log.numbers(row)])
 
     def begin(self) -> None:
         """Note what the untrained gates choose; rows of a run that ended before its first checkpoint go."""
@@ -297,14 +297,3 @@ class Run:
             log.say(
                 f"\n{share:.1f} % of the prompts were longer than max_source_length={encoder.max_source_length}; cut"
             )
-
-
-def _numbers(row: Mapping[str, Any], prefix: str = "train") -> list[tuple[str, float]]:
-    """The numbers of a nested row, with their path as name."""
-    found: list[tuple[str, float]] = []
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}/{key}")
-        elif isinstance(value, (int, float)):
-            found.append((f"{prefix}/{key}", float(value)))
-    return found

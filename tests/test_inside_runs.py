@@ -20,8 +20,8 @@ from more_ds import MoreConfig
 from more_ds.engine import Ranks
 from more_ds.gates import gate_entropy, gate_row
 from more_ds.gradients import task_gradients
+from more_ds.log import numbers
 from more_ds.losses import label_nll
-from more_ds.run import _numbers
 from more_ds.run_folder import RunFolder
 from more_ds.tasks.render import Example
 
@@ -174,7 +174,7 @@ def test_the_run_notes_its_gates_and_tells_the_monitors(place: Path) -> None:
     ranks = found[0]["gates"]["ranks"]
     assert len(ranks) == 14
     assert all(len(chosen) == 2 and min(chosen) >= 1 and max(chosen) <= 8 for chosen in ranks.values())
-    curves = dict(_numbers({"gates": found[-1]["gates"]}))
+    curves = dict(numbers({"gates": found[-1]["gates"]}))
     assert curves.keys() == {"train/gates/distinct_ranks"} | {
         f"train/gates/{what}/{task}" for what in ("mean_rank", "mean_entropy") for task in ("one", "two")
     }

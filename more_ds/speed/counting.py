@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -57,7 +60,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with _without_stderr(), torch.profiler.profile(profile_memory=True) as profile:
         work()
     assert profile.profiler is not None
     events = profile.profiler.kineto_results.events()
@@ -65,3 +68,17 @@ def peak_bytes(work: Callable[[], object]) -> int:
         (event.start_ns(), i, event.nbytes()) for i, event in enumerate(events) if event.name() == "[memory]"
     )
     return int(np.cumsum([change for _, _, change in changes]).max(initial=0))
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Keep what torch's profiler writes at every start and stop, past any setting, off the terminal."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

@@ -1,0 +1,64 @@
+"""What a plan refuses before anything is read that takes long. Each raises a `UserError`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from more_ds.compose.sources import identity
+from more_ds.config import RunConfig
+from more_ds.data.encoding import Encoder
+from more_ds.errors import UserError, suggest
+from more_ds.loading import find_subject
+from more_ds.tasks import Task
+from more_ds.tasks.render import Example
+
+
+def check_start(config: RunConfig) -> None:
+    """Refuse to start from what is no adapter, or one of another base model."""
+    if config.init_adapter is None:
+        return
+    subject = find_subject(config.init_adapter)
+    if subject.adapter is None or config.method in ("full", "mole"):
+        what = f"{config.init_adapter} holds none" if subject.adapter is None else f"{config.method} has none"
+        raise UserError(f"init_adapter names an adapter to start from, and {what}; leave it out")
+    if identity(subject.base) != identity(config.model):
+        raise UserError(f"init_adapter {config.init_adapter} was trained on {subject.base}, and not on {config.model}")
+
+
+def check_weights(config: RunConfig, tasks: Sequence[Task]) -> None:
+    """Refuse weights of tasks that are not there, and tasks without a weight."""
+    names = [task.name for task in tasks]
+    unknown = [f"'{name}'{suggest(name, names)}" for name in config.sampling_weights if name not in names]
+    missing = [name for name in names if name not in config.sampling_weights] if config.sampling_weights else []
+    if unknown or missing:
+        raise UserError(
+            f"sampling_weights needs one weight per task; unknown: {', '.join(unknown) or 'none'}; "
+            f"missing: {', '.join(missing) or 'none'}"
+        )
+
+
+def check_vocabulary(encoder: Encoder, model_config: Any) -> None:
+    """Refuse a tokeniser that makes ids which the model has no embedding for."""
+    tokens, room = len(encoder.tokenizer), getattr(model_config, "vocab_size", None)
+    if room is not None and tokens > room:
+        raise UserError(
+            f"the tokeniser has {tokens} tokens, the model {room}; it was extended without the model, or is another "
+            "model's: save the one that belongs to it beside it"
+        )
+
+
+def check_targets(encoder: Encoder, train: Sequence[Sequence[Example]]) -> None:
+    """Refuse answers that are too long now, not in the step that draws them: only one rank would know why it stops.
+
+    No tokeniser makes more tokens than there are bytes; a space may come in front, and the end is marked.
+    """
+    longest = encoder.max_target_length - 2
+    for text in sorted({e.target for examples in train for e in examples if len(e.target.encode()) > longest}):
+        encoder.target(text)
+
+
+def check_taught(method: str) -> None:
+    """Refuse teachers for a method that has none."""
+    if method != "mpt":
+        raise UserError(f"distill_from names the teachers of mpt, and the method is {method}; leave it out")
