@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from more_ds.errors import UserError
-from more_ds.methods import METHODS, adapter_config, check_together
+from more_ds.methods import METHODS, adapter_config, check_given, check_together
 from more_ds.model import attach
 from more_ds.speed.counting import kernels, peak_bytes
 from more_ds.speed.rounds import Ratio, compare
@@ -145,6 +145,7 @@ def _model(setting: Setting, name: str) -> Any:
             embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         return base
     method, options = _method(setting, name)
+    check_given(method, options)
     check_together(method, gradient_checkpointing=False, encoder_decoder=base.config.is_encoder_decoder)
     tasks = [f"task {i}" for i in range(setting.tasks)]
     model = attach(base, adapter_config(method, options, tasks, base.config))
