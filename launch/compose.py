@@ -93,6 +93,7 @@ def _main(arguments: argparse.Namespace, flags: dict[str, Any], signals: Signals
     if method not in METHODS:
         raise UserError(f"--method {method} puts no LoRAs together{suggest(method, METHODS)}")
     if method == "mole":
+        read_sources(arguments.loras, None)  # what is wrong with them is said before a demo's backbone is built
         flags["adapter"] = {**flags.get("adapter", {}), "loras": arguments.loras}
         return train.train(arguments, {**flags, "method": "mole"}, signals)
     _compose(_job(arguments, recipe, flags, method), arguments)

@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 
+from more_ds import log
 from more_ds.command import Parser, run
 from more_ds.config import RunConfig, build
 from more_ds.errors import PREEMPTED, UserError, suggest
+from more_ds.methods import METHODS
 
 __all__ = ["NESTED", "Parser", "config_parser", "merged", "parse", "run"]
 
@@ -77,9 +79,18 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
 def merged(recipe: Mapping[str, Any], flags: Mapping[str, Any], origin: str) -> RunConfig:
     """The configuration of a recipe with flags over it; a nested flag replaces its own key alone.
 
+    A flag that names another method than the recipe's leaves out the recipe's options that the method does not have,
+    and says so.
+
     Raises:
         UserError: unknown keys or wrong values; `origin` names where they came from.
     """
+    method, options = flags.get("method"), recipe.get("adapter") or {}
+    if method in METHODS and method != recipe.get("method", "more"):
+        foreign = [key for key in options if key not in METHODS[method].options]
+        if foreign:
+            log.say(f"{origin}: {', '.join(foreign)} of its adapter mean nothing to {method}; left out")
+        recipe = {**recipe, "adapter": {key: value for key, value in options.items() if key not in foreign}}
     nested = {name: {**(recipe.get(name) or {}), **flags[name]} for name in NESTED if name in flags}
     return build({**recipe, **flags, **nested}, origin)
 

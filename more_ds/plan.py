@@ -136,10 +136,10 @@ def make(
         )
     tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
     check_weights(config, tasks)
+    check_given(config.method, {"init_adapter": config.init_adapter, **config.adapter})
     config = with_demo(config)
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
     names = [task.name for task in tasks]
-    check_given(config.method, {"init_adapter": config.init_adapter, **config.adapter})
     check_start(config)
     options, fill = with_sources(config)
     adapter = adapter_config(config.method, options, names, model_config)

@@ -82,6 +82,18 @@ def test_unknown_flags_and_recipes_are_refused_with_a_suggestion(tmp_path: Path)
         read_recipe(str(bomb))
 
 
+def test_another_method_leaves_out_what_it_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {"adapter": {"r": 4, "lora_alpha": 8, "task_dim": 16}}
+    config = cli.merged(recipe, {"method": "lora"}, "recipe 'mine'")
+    assert (config.method, config.adapter) == ("lora", {"r": 4, "lora_alpha": 8})
+    assert "recipe 'mine': task_dim of its adapter mean nothing to lora; left out" in capsys.readouterr().out
+    assert cli.merged(recipe, {"method": "more"}, "mine").adapter == recipe["adapter"]
+    # What the flags say is never left out; nor is a recipe's own mistake.
+    for given in ({"method": "lora", "adapter": {"task_dim": 3}}, {"learning_rate": 1.0}):
+        with pytest.raises(UserError, match="unknown option"):
+            cli.merged({"method": "lora", **recipe}, given, "mine")
+
+
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise UserError("wrong\nthing")
