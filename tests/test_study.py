@@ -102,7 +102,7 @@ def test_all_methods_get_the_same_data_in_the_same_order(scale: dict[str, Any]) 
     decides = [key for key in jobs[0].recipe or {} if key not in ("method", "adapter")]
     for seed in (0, 1):
         alike = [{key: (job.recipe or {})[key] for key in decides} for job in jobs if job.seed == seed]
-        assert len(alike) == 11
+        assert len(alike) == 12
         assert all(one == alike[0] for one in alike)
 
 
