@@ -144,6 +144,20 @@ def test_names_that_promise_too_much(backend: str) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_maps_without_the_active_adapter_are_the_base(backend: str) -> None:
+    """Two adapters on different maps: the bank of the one knows nothing of the other's."""
+    losses = []
+    for own in ("reference", backend):
+        model = adapted("llama")
+        config = MoreConfig(r=4, num_tasks=3, target_modules=["q_proj"], task_type="CAUSAL_LM", backend=own)
+        model.add_adapter("narrow", config)
+        scramble(model)
+        model.set_adapter("narrow")
+        losses.append(model.train()(**prompts()).loss)
+    torch.testing.assert_close(losses[1], losses[0])
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [("llama", [3, 1, 2, 1] * 2), ("gpt2", [1] * 8), ("t5", [3, 1, 2, 1] * 2 + [3, 1, 1, 2, 1, 2, 1] * 2)],

@@ -100,7 +100,7 @@ class MoreLinear(nn.Module, MergesByTask):
         if self.disable_adapters and self.merged:
             self.unmerge()
         step = self.context.step
-        if step is not None and not args and not kwargs:
+        if step is not None and self.key in step.bank.place and not args and not kwargs:
             return step.run(self, x)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
