@@ -37,6 +37,7 @@ from more_ds.methods import adapter_config
 from more_ds.model import DTYPES, attach, load_base, read_model_config
 from more_ds.planner.memory import Setting, inventory, states, with_activations
 from more_ds.planner.trace import Tracer, Workload, batch
+from more_ds.speed.counting import peak_bytes
 from more_ds.text_model import TextModel
 
 SHAPES = ((1, 64), (2, 96), (4, 128), (8, 64), (8, 192), (2, 256), (16, 96), (4, 32))
@@ -159,7 +160,7 @@ def memory_row(subject: Subject, micro: int, prompt: int, before: int) -> dict[s
     return {
         "model": subject.name, "stage": zero_stage(dict(subject.setting.ds_config)), "ranks": subject.setting.world,
         "checkpointing": "yes" if workload.checkpointing else "no", "micro": micro, "prompt": prompt,
-        "peak": (whole.total, peak_bytes(subject, micro, prompt) - before), "parts": whole.device,
+        "peak": (whole.total, step_peak(subject, micro, prompt) - before), "parts": whole.device,
     }  # fmt: skip
 
 
@@ -172,21 +173,12 @@ def tensor_bytes() -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def peak_bytes(subject: Subject, micro: int, prompt: int) -> float:
+def step_peak(subject: Subject, micro: int, prompt: int) -> float:
     """The most bytes of tensors during a step."""
     tuner: Any = getattr(subject.text_model.peft, "base_model", None)
     # What is kept of the last step until the next one begins: a profiler that starts now would not see it go.
     tuner.context.begin(None, None, None)
-    rest = tensor_bytes()
-    if subject.ranks.on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        take_step(subject, micro, prompt)
-        return torch.cuda.max_memory_allocated()
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        take_step(subject, micro, prompt)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
-    return rest + max(0, int(np.cumsum([change for _, _, change in changes]).max(initial=0)))
+    return tensor_bytes() + peak_bytes(lambda: take_step(subject, micro, prompt))
 
 
 def time_rows(subject: Subject) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from more_ds.digest import digest
 from more_ds.errors import UserError, suggest
 from more_ds.methods import METHODS, check_method
 
@@ -115,7 +114,7 @@ class RunConfig:
 
     def digest(self) -> str:
         """A hash of everything that decides the run's result."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return digest(asdict(self))
 
 
 _AT_LEAST_ONE = (

@@ -100,6 +100,11 @@ def _whole_model(name: str, folder: Path, base_model: str | None, run: Mapping[s
     return Subject(name, str(folder), run=run, folder=folder.parent / "eval")
 
 
+def default_device() -> str:
+    """Where a model goes that nobody has sent elsewhere: to a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def choose_dtype(subject: Subject, dtype: str | None, device: str) -> str:
     """The dtype that is asked for, else the run's; where both leave it open, bf16 on a GPU and fp32 on a CPU."""
     for name in (dtype, subject.run.get("dtype")):

@@ -156,3 +156,7 @@ def check_balance(make: Make, **plan: Any) -> None:
         windows = total[100:] - total[:-100]
         bound = 3 * math.sqrt(width * share * (1 - share)) + 1
         assert np.abs(windows - width * share).max() <= bound
+
+
+CHECKS = (check_one_task, check_equal_counts, check_passes, check_disjoint, check_seeded, check_elastic)
+"""Those that hold for every plan."""

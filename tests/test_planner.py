@@ -28,6 +28,7 @@ from more_ds.planner.search import cuts
 from more_ds.planner.timing import Links, Speed, compute_seconds, received, step_time
 from more_ds.planner.trace import Tracer, Workload, at_depth, batch, trace
 from more_ds.planner.trace import build as build_meta
+from more_ds.speed.counting import peak_bytes
 from more_ds.tasks import resolve_tasks
 from more_ds.text_model import TextModel
 
@@ -94,11 +95,7 @@ def test_traced_bytes_are_what_torchs_profiler_sees(kind: str, checkpointing: bo
     run()
     model.base_model.context.begin(None, None, None)
     gc.collect()  # what other tests have left would count as freed
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
-    measured = np.cumsum([change for _, _, change in changes]).max()
+    measured = peak_bytes(run)
     found = trace(build_meta(given), given, 8)
     assert max(found.forward_peak, found.backward_peak) == pytest.approx(measured, rel=0.1)
 

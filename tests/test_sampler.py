@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampler_checks import (
+    CHECKS,
     OPTIONS,
     PLAN,
     SMALL,
@@ -32,15 +33,6 @@ from more_ds.data.sampler import SCOPES, BalancedSampler, StepPlan
 
 every_scope = pytest.mark.parametrize("scope", SCOPES)
 every_strategy = pytest.mark.parametrize("strategy", sorted(OPTIONS))
-
-CHECKS = (
-    check_one_task,
-    check_equal_counts,
-    check_passes,
-    check_disjoint,
-    check_seeded,
-    check_elastic,
-)
 
 
 @every_scope

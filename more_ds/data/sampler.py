@@ -13,8 +13,6 @@ global batch.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import numpy as np
 
 from more_ds.data.shares import STRATEGIES, covering_units, task_probabilities
 from more_ds.data.streams import IntArray, Passes, TaskSequence
+from more_ds.digest import digest
 from more_ds.errors import UserError, suggest
 
 __all__ = [
@@ -132,13 +131,13 @@ class BalancedSampler:
             "groups_per_step": groups_per_step,
             "seed": seed,
             "temperature": float(temperature),
-            "weights": None if weights is None else _digest([float(w) for w in weights]),
-            "tasks": _digest([self.names, self.sizes]),
+            "weights": None if weights is None else digest([float(w) for w in weights]),
+            "tasks": digest([self.names, self.sizes]),
         }
         if lengths is not None:
             if [len(own) for own in lengths] != self.sizes:
                 raise UserError(f"found {[len(own) for own in lengths]} lengths for {self.sizes} samples")
-            self._fields["lengths"] = _digest([own.tolist() for own in lengths])
+            self._fields["lengths"] = digest([own.tolist() for own in lengths])
         self._build(strategy == "proportional", seed, lengths)
 
     def _build(self, covering: bool, seed: int, lengths: Sequence[IntArray] | None) -> None:
@@ -268,7 +267,3 @@ class BalancedSampler:
                     "with, or start a run in another output folder"
                 )
         self.next_step = step
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

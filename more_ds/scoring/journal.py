@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from more_ds.digest import digest
 
 PREFIX = "answers-"
 
@@ -72,11 +73,6 @@ class Journal:
             return dict(json.loads(line) for line in lines[1:])
         except (ValueError, TypeError):  # not ours, or damaged: its answers are computed again
             return {}
-
-
-def digest(value: Any) -> str:
-    """16 hex digits that stand for a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def name_of(kind: str, split: str, task: str, index: int, texts: Sequence[str]) -> str:

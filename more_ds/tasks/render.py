@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from more_ds.digest import digest
 from more_ds.errors import UserError
 from more_ds.tasks.rows import column
 from more_ds.tasks.schema import Task, label_key
@@ -98,7 +97,7 @@ def prompt_hash(task: Task, *, plain: bool = False) -> str:
 
 def content_hash(value: Any) -> str:
     """Return the first 12 hexadecimal digits of the SHA-256 of a value's JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(value)[:12]
 
 
 @lru_cache(maxsize=1024)

@@ -248,11 +248,7 @@ class MixLoraModel(UpdateModel):
             return
         in_decoder = self._is_encoder_decoder() and "encoder" not in current_key.split(".")
         layer = MixLoraFFN(target, self.context, current_key, TARGET if in_decoder else SOURCE)
-        layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        self._put(layer, adapter_name, peft_config, parent, target_name, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, MixLoraFFN):  # PEFT would look for the weight of a map
