@@ -14,13 +14,14 @@ from distributed import run_ranks
 from oracle import adapted, prompts, scramble, tiny
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from launch import train
 from more_ds import MoreConfig
 from more_ds.losses import contrastive_loss
 from more_ds.speed.counting import Kernels, kernels
 from more_ds.tuners.more import MoreLinear, expert_table
-from more_ds.tuners.more.functions import Choose, Contrast, SharedInput
+from more_ds.tuners.more.functions import Choose, Contrast, GatedProduct, SharedInput
 from more_ds.tuners.more.groups import grouped
 
 BACKENDS = ("reference", "eager", "fused")
@@ -66,27 +67,32 @@ def test_contrast_is_the_mean_over_the_maps() -> None:
 
 
 @pytest.mark.parametrize("own_rows", [True, False])
-@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("pools", [True, False])
-def test_maps_of_one_input(own_rows: bool, drops: bool, pools: bool) -> None:
-    x, a, v, bs = leaf(2, 3, 4), leaf(4, 4), leaf(2 if own_rows else 1, 4), [leaf(5, 2), leaf(3, 2)]
+@pytest.mark.parametrize("is_product", [True, False])
+def test_maps_of_one_input(own_rows: bool, dropout: float, pools: bool, is_product: bool) -> None:
+    gate, up = leaf(2, 3, 4), leaf(2, 3, 4)
+    a, v, bs = leaf(4, 4), leaf(2 if own_rows else 1, 4), [leaf(5, 2), leaf(3, 2)]
     bases = [torch.randn(5, 4).double(), torch.randn(3, 4).double(), torch.randn(5).double(), None]
     pooling = torch.rand(2, 3).double() if pools else None
-    dropped = [leaf(2, 3, 4)] if drops else []
 
-    def run(x: Tensor, a: Tensor, v: Tensor, *rest: Tensor) -> Any:
-        return SharedInput.apply(x, rest[2] if drops else None, a, v, pooling, 2, *bases, *rest[:2])
+    def run(gate: Tensor, up: Tensor, a: Tensor, v: Tensor, *bs: Tensor) -> Any:
+        torch.manual_seed(5)  # of the dropout
+        product = GatedProduct(F.silu, gate, up) if is_product else None
+        x = gate if product is None else product.value
+        return SharedInput.apply(x, product, dropout, a, v, pooling, 2, *bases, *bs)
 
-    read = dropped[0] if drops else x
-    scaled = (read @ a.T) * v.unsqueeze(1)
-    outputs = run(x, a, v, *bs, *dropped)
+    outputs = run(gate, up, a, v, *bs)
+    torch.manual_seed(5)
+    x = F.silu(gate) * up if is_product else gate
+    scaled = (F.dropout(x, dropout) @ a.T) * v.unsqueeze(1)
     torch.testing.assert_close(outputs[0], x @ bases[0].T + bases[2] + scaled[..., :2] @ bs[0].T)
     torch.testing.assert_close(outputs[1], x @ bases[1].T + scaled[..., 2:] @ bs[1].T)
     if pools:
         torch.testing.assert_close(outputs[2], torch.einsum("bs,bsd->bd", pooling, x))
-    assert torch.autograd.gradcheck(run, (x, a, v, *bs, *dropped))
+    assert torch.autograd.gradcheck(run, (gate, up, a, v, *bs))
     # A map that nobody reads leaves the others' gradients alone.
-    alone = torch.autograd.grad(run(x, a, v, *bs, *dropped)[1].sum(), (a, bs[1]), allow_unused=True)
+    alone = torch.autograd.grad(run(gate, up, a, v, *bs)[1].sum(), (a, bs[1]), allow_unused=True)
     torch.testing.assert_close(alone[0][:2], torch.zeros(2, 4).double())
     assert alone[1].abs().max() > 0
 

@@ -9,7 +9,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from more_ds.numerics import at_least_float32, autocasts, without_autocast
 from more_ds.tuners.context import TaskContext, repeat_rows, same_tensor
-from more_ds.tuners.more.functions import Choose, Contrast
+from more_ds.tuners.more.functions import Choose, Contrast, GatedProduct
 from more_ds.tuners.more.groups import Group, Part, finish, grouped
 
 if TYPE_CHECKING:
@@ -137,6 +137,12 @@ class Step:
         self.bank, self.rows, self.weights, self.embeddings, self.fused = bank, rows, weights, embeddings, fused
         self._pooled: dict[str, Tensor] = {}
         self._waiting: dict[int, tuple[Tensor, list[Part]]] = {}
+        self._product: GatedProduct | None = None
+
+    def product(self, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up, of which the map that reads it next keeps the factors alone."""
+        self._product = GatedProduct(act, gate, up)
+        return self._product.value
 
     def run(self, layer: MoreLinear, x: Tensor) -> Tensor:
         """One map, with the others of its group when it is the first of them."""
@@ -159,7 +165,10 @@ class Step:
 
     def _run(self, group: Group, x: Tensor, v: Tensor) -> list[Part]:
         pools = self.embeddings is not None and group.contrasts
-        parts, pooled = group.run(x, v, pools, self.fused)
+        product, self._product = self._product, None
+        if product is not None and product.value is not x:
+            product = None
+        parts, pooled = group.run(x, v, pools, self.fused, product)
         if pooled is not None and self.bank.context.is_recording:
             self._pooled.update((layer.key, pooled) for layer in group.maps)
         return parts

@@ -7,6 +7,7 @@ offered.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,41 +82,50 @@ class Contrast(torch.autograd.Function):
             rows: (batch,) the examples' own tasks.
             temperature: divides the cosine.
         """
-        z_length = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_(min=1e-12)
-        e_length = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True).clamp_(min=1e-12)
-        unit_z, unit_e = z / z_length, embeddings / e_length
-        cosine = torch.bmm(unit_z.index_select(0, owners), unit_e.mT)
-        log_p = torch.log_softmax(cosine.div_(temperature), dim=-1)
+        z_length, scale = (torch.linalg.vector_norm(one, dim=-1).clamp_(min=1e-12) for one in (z, embeddings))
+        unit, scale = z / z_length.unsqueeze(2), scale.mul_(temperature)
+        logits = torch.bmm(unit.index_select(0, owners), embeddings.mT).div_(scale.unsqueeze(1))
+        log_p = torch.log_softmax(logits, dim=-1)
         index = rows.view(1, -1, 1).expand(*log_p.shape[:-1], 1)
-        ctx.save_for_backward(unit_z, unit_e, z_length, e_length, log_p, index, owners)
+        ctx.save_for_backward(unit, embeddings, z_length, scale, logits, log_p, index, owners)
         ctx.temperature = temperature
         return -log_p.gather(-1, index).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """From the scalar to the pooled inputs and the embeddings."""
-        unit_z, unit_e, z_length, e_length, log_p, index, owners = ctx.saved_tensors
-        share = grads[0] / (ctx.temperature * index.numel())
-        cosine = log_p.exp().mul_(share).scatter_add_(-1, index, (-share).expand(index.shape))
-        to_z = torch.zeros_like(unit_z).index_add_(0, owners, torch.bmm(cosine, unit_e))
-        to_e = torch.bmm(cosine.mT, unit_z.index_select(0, owners))
-        return _through_length(to_z, unit_z, z_length), None, _through_length(to_e, unit_e, e_length), None, None
+        """From the scalar to the pooled inputs and the embeddings.
+
+        The embeddings of all maps are large, their units as large again: what would be taken along each unit is taken
+        from the logits instead. With l = z e / (|z| |e| tau), the gradient of l is (z / |z|) / (|e| tau) - l e / |e|^2.
+        """
+        unit, embeddings, z_length, scale, logits, log_p, index, owners = ctx.saved_tensors
+        share = grads[0] / index.numel()
+        to_logits = log_p.exp().mul_(share).scatter_add_(-1, index, (-share).expand(index.shape))
+        to_logits.div_(scale.unsqueeze(1))
+        to_e = torch.bmm(to_logits.mT, unit.index_select(0, owners))
+        along = (to_logits * logits).sum(1).div_(scale).unsqueeze(2)
+        to_e.addcmul_(embeddings, along, value=-(ctx.temperature**2))
+        to_unit = torch.zeros_like(unit).index_add_(0, owners, torch.bmm(to_logits, embeddings))
+        to_z = (to_unit - unit * (to_unit * unit).sum(-1, keepdim=True)).div_(z_length.unsqueeze(2))
+        return to_z, None, to_e, None, None
 
 
 class SharedInput(torch.autograd.Function):
     """Frozen linear maps which read one tensor, each with its update, and the pooled tensor beside them.
 
-    h_i = W_i x + b_i + B_i ((A_i x) * v_i): one product with all A's, the update added in place to the base's output,
-    one gradient of x for all maps. Kept for the backward pass are x and A x, with the tokens in its rows' direction:
-    products of thin matrices are up to six times faster on a CPU when the long side lies in memory.
+    h_i = W_i x + b_i + B_i ((A_i drop(x)) * v_i): one product with all A's, the update added in place to the base's
+    output, one gradient of x for all maps. Kept for the backward pass are x, or what it is made of, one bit of dropout
+    per value, and A x, with the tokens in its rows' direction: products of thin matrices are up to six times faster on
+    a CPU when the long side lies in memory.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        dropped: Tensor | None,
+        product: GatedProduct | None,
+        dropout: float,
         a: Tensor,
         v: Tensor,
         pooling: Tensor | None,
@@ -127,7 +137,8 @@ class SharedInput(torch.autograd.Function):
         Args:
             ctx: autograd's.
             x: (batch, ..., in).
-            dropped: x after dropout, which the A's read; None: x.
+            product: what x is the product of, if that is kept anyway; x is then made again when it is needed.
+            dropout: probability with which the A's do not see a value of x; drawn as `F.dropout` draws it.
             a: (maps * r, in) the A's, one below the other.
             v: (batch or 1, maps * r) what each example multiplies A x by, in the type of x.
             pooling: (batch, length) weights to pool x with, or None.
@@ -139,15 +150,17 @@ class SharedInput(torch.autograd.Function):
         """
         weights, biases, bs = parameters[:maps], parameters[maps : 2 * maps], parameters[2 * maps :]
         flat = x.reshape(-1, x.shape[-1])
-        read = flat if dropped is None else dropped.reshape(flat.shape)
+        read, keep = torch.native_dropout(flat, dropout, True) if dropout > 0 else (flat, None)
         z = a @ read.T
         scaled = (z.view(a.shape[0], v.shape[0], -1) * v.T.unsqueeze(2)).view(z.shape)
         outputs = []
         for weight, bias, b, part in zip(weights, biases, bs, scaled.chunk(maps), strict=True):
             y = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
             outputs.append(y.addmm_(part.T, b.T).view(*x.shape[:-1], -1))
-        ctx.maps, ctx.shape, ctx.drops, ctx.pools = maps, x.shape, dropped is not None, pooling is not None
-        ctx.save_for_backward(read, a, v, z, pooling, *weights, *bs)
+        ctx.maps, ctx.shape, ctx.dropout, ctx.pools = maps, x.shape, dropout, pooling is not None
+        ctx.act = None if product is None else product.act
+        made_of = (flat, None) if product is None else (product.gate, product.up)
+        ctx.save_for_backward(*made_of, keep, a, v, z, pooling, *weights, *bs)
         ctx.set_materialize_grads(False)
         if pooling is not None:
             outputs.append(torch.bmm(pooling.unsqueeze(1), x).squeeze(1))
@@ -157,7 +170,7 @@ class SharedInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """From the outputs (None: one that nobody read) to x, the A's, v and the B's."""
-        read, a, v, z, pooling, *parameters = ctx.saved_tensors
+        x, up, keep, a, v, z, pooling, *parameters = ctx.saved_tensors
         weights, bs = parameters[: ctx.maps], parameters[ctx.maps :]
         from_outputs = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads[: ctx.maps]]
         by_example = (a.shape[0], v.shape[0], -1)
@@ -173,24 +186,54 @@ class SharedInput(torch.autograd.Function):
             to_bs.append(None if g is None else (part @ g).T)
         to_v = (to_scaled * z).view(by_example).sum(2).T
         to_z = to_scaled.view(by_example).mul_(factors).view(z.shape)
-        to_a = to_z @ read
-        to_x = to_dropped = None
+        read = x if ctx.act is None else (ctx.act(x) * up).view(-1, ctx.shape[-1])
+        to_a = to_z @ (read if keep is None else _kept(read, keep, ctx.dropout))
+        to_x = None
         if ctx.needs_input_grad[0]:
-            if not ctx.drops:
-                to_x = to_z.T @ a
+            to_x = to_z.T @ a
+            if keep is not None:
+                to_x = _kept(to_x, keep, ctx.dropout)
             for g, weight in zip(from_outputs, weights, strict=True):
                 if g is not None:
-                    to_x = g @ weight if to_x is None else to_x.addmm_(g, weight)
-            to_x = None if to_x is None else to_x.view(ctx.shape)
+                    to_x.addmm_(g, weight)
+            to_x = to_x.view(ctx.shape)
             from_pooled = grads[ctx.maps] if ctx.pools else None
             if from_pooled is not None:
-                to_x = torch.zeros_like(read).view(ctx.shape) if to_x is None else to_x
                 to_x.baddbmm_(pooling.unsqueeze(2), from_pooled.unsqueeze(1))
-        if ctx.drops and ctx.needs_input_grad[1]:
-            to_dropped = (to_z.T @ a).view(ctx.shape)
-        return to_x, to_dropped, to_a, to_v, None, None, *[None] * (2 * ctx.maps), *to_bs
+        return to_x, None, None, to_a, to_v, None, None, *[None] * (2 * ctx.maps), *to_bs
 
 
-def _through_length(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
-    """The gradient of a vector from that of the vector over its length."""
-    return (grad - unit * (grad * unit).sum(-1, keepdim=True)).div_(length)
+class GatedProduct:
+    """act(gate) * up of a gated feed-forward network, kept as its two factors alone.
+
+    Written with plain operations, autograd keeps act(gate), and the product a second time for the map that reads it.
+    Here both are computed again in the backward pass, where they cost two elementwise operations.
+    """
+
+    def __init__(self, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> None:
+        """Take (..., width) factors; `act` has no parameters."""
+        self.act, self.gate, self.up = act, gate.detach(), up.detach()
+        self.value: Tensor = _Product.apply(act, gate, up)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+        ctx.act = act
+        ctx.save_for_backward(gate, up)
+        return act(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            activated = ctx.act(gate)
+        (to_gate,) = torch.autograd.grad(activated, gate, grads[0] * up)
+        return None, to_gate, grads[0] * activated.detach()
+
+
+def _kept(x: Tensor, keep: Tensor, dropout: float) -> Tensor:
+    """What dropout has left of x."""
+    return (x * keep).mul_(1 / (1 - dropout))

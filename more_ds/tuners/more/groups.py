@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from more_ds.tuners.context import TaskContext, repeat_rows
-from more_ds.tuners.more.functions import SharedInput
+from more_ds.tuners.more.functions import GatedProduct, SharedInput
 
 if TYPE_CHECKING:
     from more_ds.tuners.more.layer import MoreLinear
@@ -45,7 +45,9 @@ class Group:
         """Whether the maps take part in the contrastive loss."""
         return self.maps[0]._contrasts(self.config)
 
-    def run(self, x: Tensor, v: Tensor, pools: bool, fused: bool) -> tuple[list[Part], Tensor | None]:
+    def run(
+        self, x: Tensor, v: Tensor, pools: bool, fused: bool, product: GatedProduct | None = None
+    ) -> tuple[list[Part], Tensor | None]:
         """Run the maps.
 
         Args:
@@ -53,26 +55,27 @@ class Group:
             v: (examples or 1, maps * r) what each example's A x is multiplied by.
             pools: whether x is to be pooled.
             fused: use the function with the hand-written gradient, where the base layers allow it.
+            product: what x was made of, where that is known.
 
         Returns:
             A part for every map, for `finish`, and the pooled x, (batch, in); each row stands for itself where x is
             flattened.
         """
-        first, p = self.maps[0], self.config.lora_dropout
+        first = self.maps[0]
+        p = self.config.lora_dropout if first.training else 0.0
         weights = [_weight(module) for module in self._a]
         a = weights[0] if len(weights) == 1 else torch.cat(weights)
         entered = first._cast_input_dtype(x, a.dtype)
-        dropped = first._cast_input_dtype(F.dropout(x, p), a.dtype) if p > 0 and first.training else None
         v = repeat_rows(v, x.shape[0]) if v.shape[0] > 1 else v
         pooling = self.context.pool_weights(entered, self.role, self.config.pooling) if pools and x.dim() == 3 else None
         bs = [_weight(module) for module in self._b]
         if fused and self._is_plain and self._may_pass_by(x, a):
             bases = [base._parameters for base in self._bases]
             parameters = [*(base["weight"] for base in bases), *(base["bias"] for base in bases), *bs]
-            parts = list(SharedInput.apply(x, dropped, a, v.to(a.dtype), pooling, len(bs), *parameters))
+            parts = list(SharedInput.apply(x, product, p, a, v.to(a.dtype), pooling, len(bs), *parameters))
             pooled = parts.pop() if pooling is not None else None
         else:
-            z = F.linear(entered if dropped is None else dropped, a)
+            z = F.linear(first._cast_input_dtype(F.dropout(x, p), a.dtype) if p > 0 else entered, a)
             scaled = z * v.view(v.shape[0], *[1] * (x.dim() - 2), -1).to(z.dtype)
             parts = list(zip(scaled.chunk(len(bs), dim=-1), bs, strict=True))
             pooled = None if pooling is None else torch.bmm(pooling.unsqueeze(1), entered).squeeze(1)

@@ -13,6 +13,7 @@ from more_ds.losses import contrastive_loss
 from more_ds.tuners.context import SOURCE, TARGET, repeat_rows
 from more_ds.tuners.more.bank import Bank, Step
 from more_ds.tuners.more.config import MoreConfig
+from more_ds.tuners.more.feedforward import save_memory
 from more_ds.tuners.more.layer import MoreLinear
 from more_ds.tuners.routed import RoutedModel
 
@@ -57,6 +58,7 @@ class MoreModel(RoutedModel):
     def inject_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Add an adapter, as in PEFT."""
         result = super().inject_adapter(*args, **kwargs)
+        save_memory(self.model)
         self.context.banks.clear()
         return result
 
