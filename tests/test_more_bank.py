@@ -36,7 +36,8 @@ def gradients(output: Tensor, probe: Tensor, *leaves: Tensor) -> tuple[Tensor, .
 
 
 @pytest.mark.parametrize("rows", [[1, 1, 0], [2, 0], [0, 1, 2, 2, 1]])
-def test_choice_is_the_straight_through_gate(rows: list[int]) -> None:
+@pytest.mark.parametrize("makes_again", [True, False])
+def test_choice_is_the_straight_through_gate(rows: list[int], makes_again: bool) -> None:
     """With fewer examples than tasks, as many, and more: three ways through the function."""
     weight, bias, embeddings, told = leaf(4, 3, 6), leaf(4, 3), leaf(4, 3, 6), torch.tensor(rows)
     table = expert_table(3, 2, "rank", "prefix", 0)
@@ -44,7 +45,8 @@ def test_choice_is_the_straight_through_gate(rows: list[int]) -> None:
     k = p.argmax(-1, keepdim=True)
     s = 1 + p.gather(-1, k) - p.gather(-1, k).detach()
     expected = (s * table[k.squeeze(-1)])[:, told].transpose(0, 1).reshape(len(rows), -1)
-    found = Choose.apply(weight, bias, embeddings, told, table)
+    again = (lambda: (weight.detach(), bias.detach(), embeddings.detach())) if makes_again else None
+    found = Choose.apply(weight, bias, embeddings, told, table, again)
     torch.testing.assert_close(found, expected, rtol=1e-15, atol=1e-15)
     probe = torch.randn_like(found)
     for ours, theirs in zip(

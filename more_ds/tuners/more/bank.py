@@ -65,7 +65,7 @@ class Bank:
         weights: list[Tensor] = [rows] * len(self.groups)
         tables = None if asks else self._values(rows.device)
         for i, own in enumerate(self.classes):
-            values = self._chosen(banks[i], rows) if tables is None else tables[i].index_select(0, rows)
+            values = self._chosen(own, banks[i], rows) if tables is None else tables[i].index_select(0, rows)
             sizes = [len(self.groups[g].maps) * config.r for g in own.groups]
             for g, part in zip(own.groups, values.split(sizes, dim=1), strict=True):
                 weights[g] = part
@@ -75,10 +75,14 @@ class Bank:
         fused = fused and not hasattr(first, "ds_id") and not autocasts(first)
         return Step(self, rows, weights, [bank[2] for bank in banks] if contrasts else None, fused)
 
-    def _chosen(self, stacked: Sequence[Any], rows: Tensor) -> Tensor:
+    def _chosen(self, own: GateClass, stacked: Sequence[Any], rows: Tensor) -> Tensor:
+        def again() -> list[Tensor]:
+            return [at_least_float32(part) for part in own.stacked(self.name, True, True)]
+
         weight, bias, embeddings = map(at_least_float32, stacked)
-        with without_autocast(weight):
-            return Choose.apply(weight, bias, embeddings, rows, self.layers[0]._table(self.name, weight))
+        table = self.layers[0]._table(self.name, weight)
+        with without_autocast(weight):  # a compiled graph decides by itself what it makes again
+            return Choose.apply(weight, bias, embeddings, rows, table, None if torch.compiler.is_compiling() else again)
 
     def _values(self, device: torch.device) -> list[Tensor]:
         """What the table of ranks multiplies the components by, of each class (tasks, maps * r), made once."""

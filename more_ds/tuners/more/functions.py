@@ -7,7 +7,7 @@ offered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,15 @@ class Choose(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, embeddings: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor,
+        embeddings: Tensor,
+        rows: Tensor,
+        table: Tensor,
+        again: Callable[[], Sequence[Tensor]] | None = None,
+    ) -> Tensor:
         """Choose for a batch.
 
         Args:
@@ -33,6 +41,7 @@ class Choose(torch.autograd.Function):
             embeddings: (maps, tasks, h).
             rows: (batch,) the task of every example.
             table: (r, r) what expert k + 1 multiplies the components by.
+            again: makes the first three again; they are then not kept while the activations are.
 
         Returns:
             (batch, maps * r).
@@ -42,8 +51,8 @@ class Choose(torch.autograd.Function):
         p = torch.softmax(torch.baddbmm(bias.unsqueeze(1), asked, weight.mT), dim=-1)
         chosen = p.argmax(-1)
         values = table[chosen]
-        ctx.by_row, ctx.tasks = by_row, embeddings.shape[1]
-        ctx.save_for_backward(weight, asked, rows, p, chosen, values)
+        ctx.by_row, ctx.tasks, ctx.again = by_row, embeddings.shape[1], again
+        ctx.save_for_backward(*((weight, asked) if again is None else (None, None)), rows, p, chosen, values)
         maps, _, r = p.shape
         drawn = values if by_row else values.index_select(1, rows)
         return drawn.transpose(0, 1).reshape(len(rows), maps * r)
@@ -53,6 +62,9 @@ class Choose(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """From (batch, maps * r) to the gates and the embeddings."""
         weight, asked, rows, p, chosen, values = ctx.saved_tensors
+        if ctx.again is not None:
+            weight, _, asked = ctx.again()
+            asked = asked.index_select(1, rows) if ctx.by_row else asked
         maps, _, r = p.shape
         grad = grads[0].view(len(rows), maps, r).transpose(0, 1)
         if not ctx.by_row:
@@ -64,7 +76,7 @@ class Choose(torch.autograd.Function):
         if ctx.by_row:
             whole = to_asked.new_zeros(maps, ctx.tasks, to_asked.shape[-1])
             to_asked = whole.index_add_(1, rows, to_asked)
-        return torch.bmm(logits.mT, asked), logits.sum(1), to_asked, None, None
+        return torch.bmm(logits.mT, asked), logits.sum(1), to_asked, None, None, None
 
 
 class Contrast(torch.autograd.Function):
