@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from oracle import adapted, prompts, scramble, tiny
+from oracle import VOCABULARY, adapted, prompts, scramble, tiny
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -200,6 +200,44 @@ def test_more_adds_a_constant_number_of_kernels_and_no_question() -> None:
     assert added[0] <= 150
     # Four tensors a block are pooled, forward and back.
     assert added[1] - added[0] <= 4 * 2 * 4, "what MoRE adds grows faster with the depth"
+
+
+@pytest.mark.parametrize("gate", ["ste", "soft"])
+def test_trains_after_inference_mode(gate: str) -> None:
+    """What is made once and kept may be made in a pass that autograd never sees."""
+    model = adapted("llama", gate=gate, task_dim=3).train()
+    with torch.inference_mode():
+        before = model(**prompts()).loss
+    after = model(**prompts()).loss
+    after.backward()
+    torch.testing.assert_close(after, before)
+
+
+def saved(model: Any, width: int) -> list[torch.Size]:
+    """Shapes of the different tensors with rows of `width` values that a forward pass keeps for the backward pass."""
+    found: dict[int, Tensor] = {}  # alive, so that no address is given twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and tensor.shape[-1] == width:
+            found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**prompts())
+    return [tensor.shape for tensor in found.values()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_gated_network_keeps_its_two_factors(dropout: float) -> None:
+    base = tiny("llama", 3)
+    inner, tokens = base.config.intermediate_size, prompts()["input_ids"].numel()
+    assert inner not in (base.config.hidden_size, VOCABULARY)
+    kept = {}
+    for backend in ("eager", "fused"):
+        model = adapted("llama", copy.deepcopy(base), backend=backend, lora_dropout=dropout).train()
+        kept[backend] = sum(shape[:-1].numel() == tokens for shape in saved(model, inner))
+    assert kept["fused"] == 3 * (2 if dropout == 0 else 3)  # and which values dropout has left
+    assert kept["eager"] >= 3 * 4
 
 
 def test_compiles_to_one_graph() -> None:

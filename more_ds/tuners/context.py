@@ -34,6 +34,7 @@ class TaskContext:
         self._held: dict[tuple[str, str], Tensor] = {}
         self._projections: dict[tuple[int, int, int, torch.device], Tensor] = {}
         self.is_recording = False
+        self.tables: dict[tuple[Any, ...], Tensor] = {}
         self.step: Any = None
         self.banks: dict[str, Any] = {}
         self.losses: dict[str, Tensor] = {}
@@ -155,9 +156,10 @@ class TaskContext:
             return z
         key = (z.shape[-1], width, seed, z.device)
         if key not in self._projections:
-            generator = torch.Generator().manual_seed(seed)
-            matrix = torch.randn(z.shape[-1], width, generator=generator) / width**0.5
-            self._projections[key] = matrix.to(z.device)
+            with torch.inference_mode(False):  # it outlives this pass, and may meet one that trains
+                generator = torch.Generator().manual_seed(seed)
+                matrix = torch.randn(z.shape[-1], width, generator=generator) / width**0.5
+                self._projections[key] = matrix.to(z.device)
         return z @ self._projections[key].to(z.dtype)
 
 

@@ -127,7 +127,8 @@ class GateClass:
         """The numbers as a tensor, which is sent to the device once."""
         key = tuple(numbers)
         if key not in self._indices or self._indices[key].device != device:
-            self._indices[key] = torch.tensor(key, device=device)
+            with torch.inference_mode(False):  # it outlives this pass, and may meet one that trains
+                self._indices[key] = torch.tensor(key, device=device)
         return self._indices[key]
 
 

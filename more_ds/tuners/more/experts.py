@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -27,14 +26,6 @@ def expert_table(r: int, num_tasks: int, scale: str, experts: str, seed: int) ->
     if scale == "rank":
         return members * (size / num_tasks).unsqueeze(1)
     return members * (size / r) ** 2 if scale == "component" else members
-
-
-@functools.lru_cache(maxsize=64)
-def scaled_table(
-    sizes: tuple[int, int, str, str, int], scaling: float, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """`expert_table(*sizes)` times `scaling`, made once."""
-    return (expert_table(*sizes) * scaling).to(device, dtype)
 
 
 class Gate(nn.Linear):

@@ -16,7 +16,7 @@ from more_ds.numerics import at_least_float32
 from more_ds.tuners.base import MergesByTask, check_task
 from more_ds.tuners.context import SOURCE, TARGET, TaskContext, repeat_rows
 from more_ds.tuners.more.config import MoreConfig
-from more_ds.tuners.more.experts import Gate, TaskTable, scaled_table, task_probabilities
+from more_ds.tuners.more.experts import Gate, TaskTable, expert_table, task_probabilities
 
 
 class MoreLinear(nn.Module, MergesByTask):
@@ -214,8 +214,13 @@ class MoreLinear(nn.Module, MergesByTask):
         """The expert table times alpha / r, (r, r), where `like` is, in its type or float32 if that is wider."""
         config = self.configs[name]
         sizes = (config.r, config.table_sizes[0], config.scale, config.experts, config.seed)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return scaled_table(sizes, config.lora_alpha / config.r, like.device, dtype)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        key = (*sizes, config.lora_alpha, like.device, dtype)
+        tables = self.context.tables
+        if key not in tables:
+            with torch.inference_mode(False):  # it outlives this pass, and may meet one that trains
+                tables[key] = (expert_table(*sizes) * (config.lora_alpha / config.r)).to(like.device, dtype)
+        return tables[key]
 
     def _contrasts(self, config: MoreConfig) -> bool:
         compared = config.contrastive_maps == "all" or "encoder" in self.key.split(".")
