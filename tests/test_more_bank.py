@@ -23,6 +23,7 @@ from more_ds.speed.counting import Kernels, kernels
 from more_ds.tuners.more import MoreLinear, expert_table
 from more_ds.tuners.more.functions import Choose, Contrast, GatedProduct, SharedInput
 from more_ds.tuners.more.groups import grouped
+from more_ds.tuners.more.products import TORCH, triton_products
 
 BACKENDS = ("reference", "eager", "fused")
 
@@ -82,7 +83,7 @@ def test_maps_of_one_input(own_rows: bool, dropout: float, pools: bool, is_produ
         torch.manual_seed(5)  # of the dropout
         product = GatedProduct(F.silu, gate, up) if is_product else None
         x = gate if product is None else product.value
-        return SharedInput.apply(x, product, dropout, a, v, pooling, 2, *bases, *bs)
+        return SharedInput.apply(x, TORCH, product, dropout, a, v, pooling, 2, *bases, *bs)
 
     outputs = run(gate, up, a, v, *bs)
     torch.manual_seed(5)
@@ -200,6 +201,14 @@ def test_more_adds_a_constant_number_of_kernels_and_no_question() -> None:
     assert added[0] <= 150
     # Four tensors a block are pooled, forward and back.
     assert added[1] - added[0] <= 4 * 2 * 4, "what MoRE adds grows faster with the depth"
+
+
+def test_a_kernel_that_cannot_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """In float64, and without a GPU: torch's products, one line, the same loss."""
+    triton_products.cache_clear()
+    losses = [adapted("llama", backend=backend).train()(**prompts()).loss for backend in ("fused", "triton", "triton")]
+    assert losses[0] == losses[1] == losses[2]
+    assert capsys.readouterr().out.count("backend triton: ") == 1
 
 
 @pytest.mark.parametrize("gate", ["ste", "soft"])

@@ -17,15 +17,17 @@ from more_ds.speed.counting import kernels, peak_bytes
 from more_ds.speed.rounds import Ratio, compare
 from more_ds.speed.shapes import Shape, batch, build
 from more_ds.text_model import TextModel
+from more_ds.tuners.more.products import TORCH, triton_products
 
 REFERENCE = "lora r=8"
 MORE: dict[str, dict[str, Any]] = {
     "more reference": {"backend": "reference"},
     "more eager": {"backend": "eager"},
     "more fused": {"backend": "fused"},
+    "more triton": {"backend": "triton"},
     "more without gates": {"gate": "table", "contrastive_weight": 0.0},
 }
-"""MoRE as it is written, its two other back-ends, and a plain LoRA through the same functions."""
+"""MoRE as it is written, its other back-ends, and a plain LoRA through the same functions."""
 OTHERS = ("frozen base", "full", "lora r=16")
 
 
@@ -158,6 +160,8 @@ def _model(setting: Setting, name: str) -> Any:
 def _method(setting: Setting, name: str) -> tuple[str, dict[str, Any]]:
     ranked = {"r": setting.rank, "lora_alpha": 32, "lora_dropout": setting.dropout}
     if name in MORE:
+        if name == "more triton" and triton_products(torch.device(setting.device), setting.dtype) is TORCH:
+            raise UserError("this back-end needs CUDA and the package triton")
         return "more", ranked | MORE[name]
     if name.startswith("lora r="):
         return "lora", ranked | {"r": int(name.removeprefix("lora r="))}

@@ -19,6 +19,7 @@ from more_ds.numerics import at_least_float32, autocasts, without_autocast
 from more_ds.tuners.context import TaskContext, repeat_rows, same_tensor
 from more_ds.tuners.more.functions import Choose, Contrast, GatedProduct
 from more_ds.tuners.more.groups import Group, Part, finish, grouped
+from more_ds.tuners.more.products import TORCH, Products, triton_products
 
 if TYPE_CHECKING:
     from more_ds.tuners.more.layer import MoreLinear
@@ -72,8 +73,10 @@ class Bank:
         if asks:
             for layer in self.layers:  # the optimizer is going to move the gates
                 layer.stale[self.name] = True
-        fused = fused and not hasattr(first, "ds_id") and not autocasts(first)
-        return Step(self, rows, weights, [bank[2] for bank in banks] if contrasts else None, fused)
+        products = None
+        if fused and not hasattr(first, "ds_id") and not autocasts(first):
+            products = triton_products(first.device, first.dtype) if config.backend == "triton" else TORCH
+        return Step(self, rows, weights, [bank[2] for bank in banks] if contrasts else None, products)
 
     def _chosen(self, own: GateClass, stacked: Sequence[Any], rows: Tensor) -> Tensor:
         def again() -> list[Tensor]:
@@ -136,10 +139,15 @@ class Step:
     """One forward pass of a bank: what the maps multiply by, and what they have pooled."""
 
     def __init__(
-        self, bank: Bank, rows: Tensor, weights: list[Tensor], embeddings: list[Tensor] | None, fused: bool
+        self,
+        bank: Bank,
+        rows: Tensor,
+        weights: list[Tensor],
+        embeddings: list[Tensor] | None,
+        products: Products | None,
     ) -> None:
         """Start a pass; see `Bank.begin`."""
-        self.bank, self.rows, self.weights, self.embeddings, self.fused = bank, rows, weights, embeddings, fused
+        self.bank, self.rows, self.weights, self.embeddings, self.products = bank, rows, weights, embeddings, products
         self._pooled: dict[str, Tensor] = {}
         self._waiting: dict[int, tuple[Tensor, list[Part]]] = {}
         self._product: GatedProduct | None = None
@@ -173,7 +181,7 @@ class Step:
         product, self._product = self._product, None
         if product is not None and product.value is not x:
             product = None
-        parts, pooled = group.run(x, v, pools, self.fused, product)
+        parts, pooled = group.run(x, v, pools, self.products, product)
         if pooled is not None and self.bank.context.is_recording:
             self._pooled.update((layer.key, pooled) for layer in group.maps)
         return parts

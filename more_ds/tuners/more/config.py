@@ -16,7 +16,7 @@ CHOICES = {
     "gate_input": ("task", "pooled"),
     "pooling": ("mean", "first", "last"),
     "contrastive_maps": ("all", "encoder"),
-    "backend": ("auto", "reference", "eager", "fused"),
+    "backend": ("auto", "reference", "eager", "fused", "triton"),
 }
 
 
@@ -91,12 +91,13 @@ class MoreConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "True: B starts at zero, the adapted model equals the base."}
     )
-    backend: Literal["auto", "reference", "eager", "fused"] = field(
+    backend: Literal["auto", "reference", "eager", "fused", "triton"] = field(
         default="auto",
         metadata={
             "help": "How it is computed; the mathematics and the parameters are the same, and it is not saved. "
             "`reference`: map by map, to the letter. `eager`: the gates of all maps in one step. `fused`: that, and "
-            "maps of one input in one function with a hand-written gradient. `auto`: `fused`, or `eager` if compiled. "
+            "maps of one input in one function with a hand-written gradient. `triton`: that, with a kernel on CUDA "
+            "that adds the update to the base's output on the chip. `auto`: `fused`, or `eager` if compiled. "
             "Where parameters are spread over ranks, and for gates other than the paper's, `reference` serves."
         },
     )

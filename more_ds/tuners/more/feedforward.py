@@ -31,7 +31,7 @@ def _is_gated(module: nn.Module) -> bool:
 def _forward(module: Any, x: Tensor) -> Tensor:
     down = module.down_proj
     step = down.context.step if isinstance(down, MoreLinear) else None
-    if step is None or not step.fused:
+    if step is None or step.products is None:
         result: Tensor = type(module).forward(module, x)
     else:
         result = down(step.product(module.act_fn, module.gate_proj(x), module.up_proj(x)))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from more_ds.tuners.more.products import Products
+
 
 class Choose(torch.autograd.Function):
     """The straight-through gate of many maps: which expert each task uses, and what it multiplies the components by.
@@ -136,6 +138,7 @@ class SharedInput(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        products: Products,
         product: GatedProduct | None,
         dropout: float,
         a: Tensor,
@@ -149,6 +152,7 @@ class SharedInput(torch.autograd.Function):
         Args:
             ctx: autograd's.
             x: (batch, ..., in).
+            products: how large matrices are multiplied.
             product: what x is the product of, if that is kept anyway; x is then made again when it is needed.
             dropout: probability with which the A's do not see a value of x; drawn as `F.dropout` draws it.
             a: (maps * r, in) the A's, one below the other.
@@ -167,10 +171,9 @@ class SharedInput(torch.autograd.Function):
         scaled = (z.view(a.shape[0], v.shape[0], -1) * v.T.unsqueeze(2)).view(z.shape)
         outputs = []
         for weight, bias, b, part in zip(weights, biases, bs, scaled.chunk(maps), strict=True):
-            y = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
-            outputs.append(y.addmm_(part.T, b.T).view(*x.shape[:-1], -1))
+            outputs.append(products.outputs(flat, weight, bias, part.T, b).view(*x.shape[:-1], -1))
         ctx.maps, ctx.shape, ctx.dropout, ctx.pools = maps, x.shape, dropout, pooling is not None
-        ctx.act = None if product is None else product.act
+        ctx.products, ctx.act = products, None if product is None else product.act
         made_of = (flat, None) if product is None else (product.gate, product.up)
         ctx.save_for_backward(*made_of, keep, a, v, z, pooling, *weights, *bs)
         ctx.set_materialize_grads(False)
@@ -202,17 +205,18 @@ class SharedInput(torch.autograd.Function):
         to_a = to_z @ (read if keep is None else _kept(read, keep, ctx.dropout))
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = to_z.T @ a
-            if keep is not None:
-                to_x = _kept(to_x, keep, ctx.dropout)
-            for g, weight in zip(from_outputs, weights, strict=True):
-                if g is not None:
-                    to_x.addmm_(g, weight)
+            behind = [(g, weight) for g, weight in zip(from_outputs, weights, strict=True) if g is not None]
+            if keep is None and behind:
+                to_x = ctx.products.inputs(*behind.pop(0), to_z.T, a)
+            else:
+                to_x = to_z.T @ a if keep is None else _kept(to_z.T @ a, keep, ctx.dropout)
+            for g, weight in behind:
+                to_x.addmm_(g, weight)
             to_x = to_x.view(ctx.shape)
             from_pooled = grads[ctx.maps] if ctx.pools else None
             if from_pooled is not None:
                 to_x.baddbmm_(pooling.unsqueeze(2), from_pooled.unsqueeze(1))
-        return to_x, None, None, to_a, to_v, None, None, *[None] * (2 * ctx.maps), *to_bs
+        return to_x, None, None, None, to_a, to_v, None, None, *[None] * (2 * ctx.maps), *to_bs
 
 
 class GatedProduct:

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from more_ds.tuners.context import TaskContext, repeat_rows
 from more_ds.tuners.more.functions import GatedProduct, SharedInput
+from more_ds.tuners.more.products import Products
 
 if TYPE_CHECKING:
     from more_ds.tuners.more.layer import MoreLinear
@@ -46,7 +47,7 @@ class Group:
         return self.maps[0]._contrasts(self.config)
 
     def run(
-        self, x: Tensor, v: Tensor, pools: bool, fused: bool, product: GatedProduct | None = None
+        self, x: Tensor, v: Tensor, pools: bool, products: Products | None, product: GatedProduct | None = None
     ) -> tuple[list[Part], Tensor | None]:
         """Run the maps.
 
@@ -54,7 +55,8 @@ class Group:
             x: (batch, ..., in).
             v: (examples or 1, maps * r) what each example's A x is multiplied by.
             pools: whether x is to be pooled.
-            fused: use the function with the hand-written gradient, where the base layers allow it.
+            products: how the function with the hand-written gradient multiplies, where the base layers allow it; None:
+                plain operations.
             product: what x was made of, where that is known.
 
         Returns:
@@ -69,10 +71,10 @@ class Group:
         v = repeat_rows(v, x.shape[0]) if v.shape[0] > 1 else v
         pooling = self.context.pool_weights(entered, self.role, self.config.pooling) if pools and x.dim() == 3 else None
         bs = [_weight(module) for module in self._b]
-        if fused and self._is_plain and self._may_pass_by(x, a):
+        if products is not None and self._is_plain and self._may_pass_by(x, a):
             bases = [base._parameters for base in self._bases]
             parameters = [*(base["weight"] for base in bases), *(base["bias"] for base in bases), *bs]
-            parts = list(SharedInput.apply(x, product, p, a, v.to(a.dtype), pooling, len(bs), *parameters))
+            parts = list(SharedInput.apply(x, products, product, p, a, v.to(a.dtype), pooling, len(bs), *parameters))
             pooled = parts.pop() if pooling is not None else None
         else:
             z = F.linear(first._cast_input_dtype(F.dropout(x, p), a.dtype) if p > 0 else entered, a)

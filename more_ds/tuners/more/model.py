@@ -84,7 +84,7 @@ class MoreModel(RoutedModel):
         if first.disable_adapters or first.merged or not bank.serves(first.training):
             return None
         rows = self.context.rows(config.num_tasks, first.more_A[name].weight.device)
-        fused = config.backend == "fused" or (config.backend == "auto" and not torch.compiler.is_compiling())
+        fused = config.backend != "eager" and not torch.compiler.is_compiling()
         return bank.begin(rows, first.training, fused)
 
     def _auxiliary(self) -> Tensor | None:
