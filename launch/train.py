@@ -32,6 +32,7 @@ from more_ds.ledger import Ledger
 from more_ds.loading import start_from
 from more_ds.method_table import LIST, method_table
 from more_ds.model import attach, load_base
+from more_ds.padding_free import check_one_row
 from more_ds.rendezvous import from_slurm
 from more_ds.run import Run
 from more_ds.run_folder import RunFolder, default_path
@@ -127,6 +128,8 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
     text_model = TextModel(engine, the_plan.encoder)
     if the_plan.teachers is not None:
         text_model.distillation = Distillation(text_model, the_plan.teachers)
+    if config.padding_free:
+        check_one_row(text_model, [example for examples in the_plan.train for example in examples[:2]])
     run = Run(the_plan, ranks, folder, text_model, stop)
     checkpoint.adapter_tensors(engine)  # what could not be saved later is refused now
     return run

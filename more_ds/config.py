@@ -52,6 +52,7 @@ class RunConfig:
     max_target_length: int = _option(64, "most tokens of an answer; a longer one is an error")
     group_by_length: bool = _option(False, "batch examples of similar length; tokenises all first, once, on the disk")
     pad_to_multiple_of: int | None = _option(None, "pad batches to a multiple of it; default: 8 on a GPU, 1 on a CPU")
+    padding_free: bool = _option(False, "lay a micro-batch in one row instead of padding it; causal models")
     # The sampler
     sampling: Literal["exp_share", "proportional", "uniform", "temperature", "weights"] = _option(
         "exp_share", "how often a task is drawn; `exp_share` is the paper's"

@@ -85,6 +85,8 @@ BY_NAME = ("num_tasks", "task_names")
 # One prompt, before the encoder, as in the papers; PEFT gives the decoder of an encoder-decoder another one.
 ENCODER_PROMPT = {"num_transformer_submodules": 1}
 
+ALONE = {"padding_free": "what it puts before a row is for one example, and a row then holds all of a micro-batch"}
+
 SOME_STEPS = 1_000_000
 """In the place of a number of steps that is not known."""
 
@@ -110,6 +112,7 @@ METHODS: dict[str, Method] = {
         derived=("ranks", "target_modules"),
         needs={"loras": "the LoRAs that it mixes"},
         defaults={},
+        refuses={"padding_free": "its gates weigh a row by its text, and a row then holds several examples"},
     ),
     "full": Method(
         FullConfig,
@@ -139,7 +142,10 @@ METHODS: dict[str, Method] = {
         "Polytropon: a few LoRAs, mixed by learned weights for each task",
         "no",
         ("n_tasks", None),
-        refuses={"gradient_checkpointing": "it forgets the tasks before the recomputation"},
+        refuses={
+            "gradient_checkpointing": "it forgets the tasks before the recomputation",
+            "padding_free": "it draws its skills for every row, and a row then holds several examples",
+        },
     ),
     "prompt_tuning": Method(
         PromptTuningConfig,
@@ -147,6 +153,7 @@ METHODS: dict[str, Method] = {
         "no",
         fixed=ENCODER_PROMPT,
         defaults={"num_virtual_tokens": 100},
+        refuses=ALONE,
     ),
     "spot": Method(
         PromptTuningConfig,
@@ -155,6 +162,7 @@ METHODS: dict[str, Method] = {
         fixed={**ENCODER_PROMPT, "prompt_tuning_init": "RANDOM"},
         defaults={"num_virtual_tokens": 100},
         needs={"init_adapter": "a trained prompt to start from"},
+        refuses=ALONE,
     ),
     "p_tuning": Method(
         PromptEncoderConfig,
@@ -162,6 +170,7 @@ METHODS: dict[str, Method] = {
         "no",
         fixed=ENCODER_PROMPT,
         defaults={"num_virtual_tokens": 20},
+        refuses=ALONE,
     ),
     "mpt": Method(
         MultitaskPromptTuningConfig,
@@ -170,6 +179,7 @@ METHODS: dict[str, Method] = {
         ("num_tasks", None),
         fixed=ENCODER_PROMPT,
         defaults={"num_virtual_tokens": 100},
+        refuses=ALONE,
     ),
     "attempt": Method(
         AttemptConfig,
@@ -178,6 +188,7 @@ METHODS: dict[str, Method] = {
         BY_NAME,
         defaults={},
         needs={"sources": "the trained prompts that it mixes"},
+        refuses=ALONE,
     ),
     "prefix_tuning": Method(
         PrefixTuningConfig,
@@ -188,13 +199,17 @@ METHODS: dict[str, Method] = {
         refuses={
             "gradient_checkpointing": "its keys and values come as a cache, which checkpointing turns off",
             "encoder_decoder": "PEFT puts its prefix before the decoder alone; use prompt_tuning",
+            **ALONE,
         },
     ),
 }
 """Name of a method -> the method."""
 
 
-SUBJECTS = {"encoder_decoder": "an encoder-decoder model", "quantization": "a quantised base", "zero3": "ZeRO-3"}
+SUBJECTS = {
+    "encoder_decoder": "an encoder-decoder model", "quantization": "a quantised base", "zero3": "ZeRO-3",
+    "padding_free": "--padding_free",
+}  # fmt: skip
 """Keys of `Method.refuses` in words, where they are not those of the configuration."""
 
 

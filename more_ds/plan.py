@@ -33,7 +33,7 @@ from more_ds.model import (
     read_model_config,
     without_weights,
 )
-from more_ds.plan_checks import check_start, check_targets, check_taught, check_vocabulary, check_weights
+from more_ds.plan_checks import check_row, check_start, check_targets, check_taught, check_vocabulary, check_weights
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
 
@@ -150,7 +150,9 @@ def make(
         quantization=config.quantization != "none",
         fp16=dtype == "fp16",
         zero3=zero_stage(ds_config) == 3,
+        padding_free=config.padding_free,
     )
+    check_row(config, model_config)
     teachers = None
     if config.distill_from is not None:
         check_taught(config.method)

@@ -58,6 +58,18 @@ def check_targets(encoder: Encoder, train: Sequence[Sequence[Example]]) -> None:
         encoder.target(text)
 
 
+def check_row(config: RunConfig, model_config: Any) -> None:
+    """Refuse to lay a micro-batch in one row where that cannot be, or is contradicted."""
+    if not config.padding_free:
+        return
+    if model_config.is_encoder_decoder:
+        raise UserError("padding_free needs a causal model, and this is an encoder-decoder; use --group_by_length true")
+    if config.pad_to_multiple_of is not None:
+        raise UserError("padding_free pads nothing, and pad_to_multiple_of does; leave one of them out")
+    if config.adapter.get("gate_input") == "pooled":
+        raise UserError("padding_free needs a gate on the task, and gate_input is pooled; leave one of them out")
+
+
 def check_taught(method: str) -> None:
     """Refuse teachers for a method that has none."""
     if method != "mpt":

@@ -68,7 +68,7 @@ class Run:
         self.engine: Any = text_model.module
         self.after_step = AfterStep(self.engine)
         multiple = plan.config.pad_to_multiple_of or (8 if ranks.on_gpu else 1)
-        collator = replace(text_model.collator, multiple=multiple)
+        collator = replace(text_model.collator, multiple=multiple, flat=plan.config.padding_free)
         self.mixture = Mixture(plan.train, plan.sampler, plan.encoder, collator, plan.tokens)
         self.progress = Progress()
         self.saved_step = 0

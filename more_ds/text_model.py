@@ -108,12 +108,21 @@ class TextModel:
         if self.is_encoder_decoder:
             keys = ["input_ids", "attention_mask", *self.decoder_keys]
             return self.module(**{key: batch[key] for key in keys}, **self.extras(batch), use_cache=False).logits
+        if "label_positions" in batch:
+            return self._flat_logits(batch)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")} | self.extras(batch)
         if self.takes_positions and not self.trains_prompt:
             inputs["position_ids"] = positions(batch["attention_mask"])
         kept = {"logits_to_keep": length + 1} if self.keeps_logits else {}
         logits = self.module(**inputs, **kept, use_cache=False).logits
         return logits[:, -length - 1 : -1]
+
+    def _flat_logits(self, batch: Batch) -> Tensor:
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids")} | self.extras(batch)
+        if self.keeps_logits:
+            logits: Tensor = self.module(**inputs, logits_to_keep=batch["label_positions"], use_cache=False).logits
+            return logits
+        return self.module(**inputs, use_cache=False).logits[:, batch["label_positions"]]
 
     def training_loss(self, batch: Batch, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The loss of a micro-batch whose tokens are `weight` of the step's each.

@@ -77,7 +77,7 @@ def test_maps_of_one_input(own_rows: bool, dropout: float, pools: bool, is_produ
     gate, up = leaf(2, 3, 4), leaf(2, 3, 4)
     a, v, bs = leaf(4, 4), leaf(2 if own_rows else 1, 4), [leaf(5, 2), leaf(3, 2)]
     bases = [torch.randn(5, 4).double(), torch.randn(3, 4).double(), torch.randn(5).double(), None]
-    pooling = torch.rand(2, 3).double() if pools else None
+    pooling = torch.rand(2, 2, 3).double() if pools else None  # two examples in a row
 
     def run(gate: Tensor, up: Tensor, a: Tensor, v: Tensor, *bs: Tensor) -> Any:
         torch.manual_seed(5)  # of the dropout
@@ -92,7 +92,7 @@ def test_maps_of_one_input(own_rows: bool, dropout: float, pools: bool, is_produ
     torch.testing.assert_close(outputs[0], x @ bases[0].T + bases[2] + scaled[..., :2] @ bs[0].T)
     torch.testing.assert_close(outputs[1], x @ bases[1].T + scaled[..., 2:] @ bs[1].T)
     if pools:
-        torch.testing.assert_close(outputs[2], torch.einsum("bs,bsd->bd", pooling, x))
+        torch.testing.assert_close(outputs[2], torch.einsum("bes,bsd->bed", pooling, x).flatten(0, 1))
     assert torch.autograd.gradcheck(run, (gate, up, a, v, *bs))
     # A map that nobody reads leaves the others' gradients alone.
     alone = torch.autograd.grad(run(gate, up, a, v, *bs)[1].sum(), (a, bs[1]), allow_unused=True)

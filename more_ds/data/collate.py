@@ -24,11 +24,13 @@ class Collator:
         pad_id: id of the padding token.
         decoder_start_id: first token of the decoder; None for a causal model.
         multiple: rows are padded to a multiple of this length, so that there are few shapes.
+        flat: answers of a causal model are not padded, see `answers`.
     """
 
     pad_id: int
     decoder_start_id: int | None = None
     multiple: int = 1
+    flat: bool = False
 
     def prompts(self, prompts: Sequence[Sequence[int]], task_ids: Sequence[int]) -> Batch:
         """The batch without answers: `input_ids`, `attention_mask`, (batch, length), and `task_ids`, (batch,)."""
@@ -44,7 +46,14 @@ class Collator:
             `input_ids`, `attention_mask`, `prompt_mask` (batch, length); `labels` (batch, answer length), `IGNORED`
             where a row has no answer token; `task_ids` (batch,). An encoder-decoder's batch has `decoder_input_ids`
             and `decoder_attention_mask`, (batch, answer length), too.
+
+            A flat batch is one row, example behind example, all of one task: `input_ids` and `position_ids`,
+            (1, length), of which the latter begin again at 0 with every example and so tell the model who sees whom;
+            `prompt_mask` (examples, length); `label_positions` (answer tokens,), whose logits predict `labels`,
+            (1, answer tokens); `task_ids` (1,).
         """
+        if self.flat:
+            return _one_row(prompts, targets, task_ids)
         if self.decoder_start_id is None:
             rows = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
             batch = self.prompts(rows, task_ids)
@@ -60,6 +69,25 @@ class Collator:
         shifted[:, 0] = self.decoder_start_id
         batch["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, self.pad_id)
         return batch
+
+
+def _one_row(prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], task_ids: Sequence[int]) -> Batch:
+    pairs = list(zip(prompts, targets, strict=True))
+    lengths = [len(prompt) + len(target) for prompt, target in pairs]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    prompt_mask = torch.zeros(len(pairs), sum(lengths), dtype=torch.long)
+    for row, start, prompt in zip(prompt_mask, starts, prompts, strict=True):
+        row[start : start + len(prompt)] = 1
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    answers = [range(end - len(target), end) for end, target in zip(ends, targets, strict=True)]
+    return {
+        "input_ids": torch.tensor([[token for pair in pairs for part in pair for token in part]]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        "prompt_mask": prompt_mask,
+        "labels": torch.tensor([[token for target in targets for token in target]]),
+        "label_positions": torch.tensor([at - 1 for answer in answers for at in answer]),
+        "task_ids": torch.tensor(sorted(set(task_ids)), dtype=torch.long),
+    }
 
 
 def positions(attention_mask: Tensor) -> Tensor:

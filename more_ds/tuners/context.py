@@ -54,7 +54,8 @@ class TaskContext:
 
         Args:
             task_ids: (batch,) task of every example, or None to use the default task.
-            source: (batch, length) 1 where a token of the prompt stands, or None if every position counts.
+            source: (batch, length) 1 where a token of the prompt stands, or None if every position counts. With several
+                examples in every row of the batch, (examples, length).
             target: (batch, length) the same for the decoder of an encoder-decoder model.
             decoding: many forward passes follow, which generate; values that were held stay what they are.
         """
@@ -89,8 +90,9 @@ class TaskContext:
         """Pool (batch, length, width) over the prompt's real tokens to (batch, width).
 
         `how` is `mean`, `first` or `last`; `role` says which of the two masks belongs to `x`. Without a mask of
-        that length every position counts. Beams repeat their example's mask. Maps that read the same tensor one after
-        the other (queries, keys and values) share the result.
+        that length every position counts. Beams repeat their example's mask; a mask of several examples for a row of x
+        pools each of them, (examples, width). Maps that read the same tensor one after the other (queries, keys and
+        values) share the result.
         """
         last = self._last_pool
         if last is None or not same_tensor(last[0], x) or last[1:3] != (role, how):
@@ -100,10 +102,10 @@ class TaskContext:
     def _pool(self, x: Tensor, role: str, how: str) -> Tensor:
         if x.dim() != 3:
             return x  # each row stands for itself
-        return torch.bmm(self.pool_weights(x, role, how).unsqueeze(1), x).squeeze(1)
+        return torch.bmm(self.pool_weights(x, role, how), x).flatten(0, 1)
 
     def pool_weights(self, x: Tensor, role: str, how: str) -> Tensor:
-        """(batch, length) weights of the pooling of x, (batch, length, width), in its type; see `pool`."""
+        """(batch, examples in a row, length) weights of the pooling of x, (batch, length, width), in its type."""
         mask = self._masks.get(role)
         key = (role, how, x.shape[1], x.dtype)
         if key not in self._pool_weights:
@@ -111,7 +113,10 @@ class TaskContext:
                 mask = torch.ones(1, x.shape[1], device=x.device)
             weights = _pool_weights(at_least_float32(mask.to(x.dtype)), how)
             self._pool_weights[key] = weights.to(dtype=x.dtype, device=x.device)
-        return repeat_rows(self._pool_weights[key], len(x))
+        weights = self._pool_weights[key]
+        if len(weights) > len(x):
+            return weights.view(len(x), -1, x.shape[1])
+        return repeat_rows(weights, len(x)).unsqueeze(1)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Dropout with probability p; maps that read the same tensor one after the other share one mask."""

@@ -157,12 +157,12 @@ class SharedInput(torch.autograd.Function):
             dropout: probability with which the A's do not see a value of x; drawn as `F.dropout` draws it.
             a: (maps * r, in) the A's, one below the other.
             v: (batch or 1, maps * r) what each example multiplies A x by, in the type of x.
-            pooling: (batch, length) weights to pool x with, or None.
+            pooling: (batch, examples in a row, length) weights to pool x with, or None.
             maps: their number.
             parameters: the W's (out, in), the biases (out,) or None, and the B's (out, r).
 
         Returns:
-            (batch, ..., out) of every map; with `pooling`, then the pooled x, (batch, in).
+            (batch, ..., out) of every map; with `pooling`, then the pooled x, (examples, in).
         """
         weights, biases, bs = parameters[:maps], parameters[maps : 2 * maps], parameters[2 * maps :]
         flat = x.reshape(-1, x.shape[-1])
@@ -178,7 +178,7 @@ class SharedInput(torch.autograd.Function):
         ctx.save_for_backward(*made_of, keep, a, v, z, pooling, *weights, *bs)
         ctx.set_materialize_grads(False)
         if pooling is not None:
-            outputs.append(torch.bmm(pooling.unsqueeze(1), x).squeeze(1))
+            outputs.append(torch.bmm(pooling, x).flatten(0, 1))
         return tuple(outputs)
 
     @staticmethod
@@ -215,7 +215,7 @@ class SharedInput(torch.autograd.Function):
             to_x = to_x.view(ctx.shape)
             from_pooled = grads[ctx.maps] if ctx.pools else None
             if from_pooled is not None:
-                to_x.baddbmm_(pooling.unsqueeze(2), from_pooled.unsqueeze(1))
+                to_x.baddbmm_(pooling.mT, from_pooled.view(*pooling.shape[:2], -1))
         return to_x, None, None, None, to_a, to_v, None, None, *[None] * (2 * ctx.maps), *to_bs
 
 

@@ -60,7 +60,7 @@ class Group:
             product: what x was made of, where that is known.
 
         Returns:
-            A part for every map, for `finish`, and the pooled x, (batch, in); each row stands for itself where x is
+            A part for every map, for `finish`, and the pooled x, (examples, in); each row stands for itself where x is
             flattened.
         """
         first = self.maps[0]
@@ -80,7 +80,7 @@ class Group:
             z = F.linear(first._cast_input_dtype(F.dropout(x, p), a.dtype) if p > 0 else entered, a)
             scaled = z * v.view(v.shape[0], *[1] * (x.dim() - 2), -1).to(z.dtype)
             parts = list(zip(scaled.chunk(len(bs), dim=-1), bs, strict=True))
-            pooled = None if pooling is None else torch.bmm(pooling.unsqueeze(1), entered).squeeze(1)
+            pooled = None if pooling is None else torch.bmm(pooling, entered).flatten(0, 1)
         return parts, entered if pools and pooling is None else pooled
 
     def _may_pass_by(self, x: Tensor, a: Tensor) -> bool:
