@@ -6,12 +6,15 @@ import errno
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import argv, make_place, outcome, start
+from fault_runs import STEPS, argv, make_place, outcome, start
 
+from more_ds import run as run_module
+from more_ds import snapshot
 from more_ds.checkpoint_files import ADAPTER, FILES, MANIFEST, OPTIMIZER, STATE, complete, read_folder, write_folder
 from more_ds.errors import PREEMPTED
 from more_ds.run import Run
@@ -100,6 +103,61 @@ def test_a_fault_in_a_save_costs_one_interval(
     for path in found:
         read_folder(path)
     assert start(argv(place, output), log).wait() == [0, 0]
+    assert outcome(output) == whole
+
+
+def slow_disk(step: int, until: str, fault_at: int) -> Any:
+    """A patch: a checkpoint is written only when training has come as far as `until`; then the process is killed."""
+
+    def patch(rank: int) -> None:
+        write = snapshot.write_folder
+
+        def slow(folder: Path, *arguments: Any) -> None:
+            if folder.name == f"step-{step:08d}":
+                metrics, deadline = folder.parents[1] / "metrics.jsonl", time.monotonic() + 30
+                while until not in metrics.read_text() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                fail_at(fault_at, "kill")(rank)
+            write(folder, *arguments)
+
+        snapshot.write_folder = slow
+
+    return patch
+
+
+@pytest.mark.parametrize("fault_at", [1, pytest.param(9, marks=pytest.mark.slow), CALLS_PER_SAVE - 1])
+def test_training_goes_on_beside_a_save_and_a_kill_costs_that_one_alone(
+    place: Path, whole: dict[str, Any], fault_at: int, tmp_path: Path
+) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    arguments = argv(place, output, "--save_steps", "2")
+    job = start(arguments, log, patch=slow_disk(4, '"step": 6', fault_at))
+    assert job.wait()[0] == -signal.SIGKILL
+    assert [path.name for path in complete(output / "checkpoints")] == ["step-00000002", "step-00000003"]
+    assert start(arguments, log).wait() == [0, 0]
+    assert "step-00000003, step 3" in log.read_text()
+    assert outcome(output) == whole
+
+
+def test_a_kill_between_a_checkpoint_and_its_copies_is_mended(
+    place: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """The last checkpoint is there, so that no step is taken and none written any more."""
+    output, log = tmp_path / "run", tmp_path / "log"
+
+    def patch(rank: int) -> None:
+        publish = run_module.publish
+
+        def killed(path: Path, *arguments: Any) -> None:
+            if path.name == f"step-{STEPS:08d}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            publish(path, *arguments)
+
+        run_module.publish = killed
+
+    assert start(argv(place, output), log, patch=patch).wait()[0] == -signal.SIGKILL
+    assert start(argv(place, output), log).wait() == [0, 0]
+    assert f"step-{STEPS:08d}, step {STEPS}" in log.read_text()
     assert outcome(output) == whole
 
 
