@@ -61,6 +61,13 @@ def write_file(path: Path, content: bytes) -> None:
     _sync(path.parent)
 
 
+def is_taken(path: Path) -> bool:
+    """Whether there is something at `path` but an empty folder, or one with what a write that was killed left in it."""
+    if not path.is_dir():
+        return path.exists()
+    return any(not item.name.startswith(UNFINISHED) for item in path.iterdir())
+
+
 def write_folder(
     folder: Path, contents: Mapping[str, bytes], check: Callable[[Mapping[str, bytes]], None] = lambda _: None
 ) -> None:

@@ -203,7 +203,7 @@ class Run:
         best = self._checkpoint(self.progress.best_step)
 
         def bring_back() -> None:
-            self.folder.forget_after(self.progress.step)
+            self.folder.forget_after(self.progress.step, self.progress.evaluated_step == self.progress.step)
             self._publish(path, best if is_complete(best) else None)
 
         on_rank_zero(bring_back, self.ranks.device, f"{self.folder.path} cannot be written")
