@@ -15,12 +15,24 @@ from fault_runs import STEPS, argv, make_place, outcome, start
 
 from more_ds import run as run_module
 from more_ds import snapshot
-from more_ds.checkpoint_files import ADAPTER, FILES, MANIFEST, OPTIMIZER, STATE, complete, read_folder, write_folder
+from more_ds.checkpoint_files import (
+    ADAPTER,
+    FILES,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    complete,
+    name_of,
+    read_folder,
+    write_folder,
+)
 from more_ds.errors import PREEMPTED
 from more_ds.run import Run
 
 CALLS_PER_SAVE = 17
 """Flushes and renames of one checkpoint: five files with three each, the folder's rename and its flush."""
+PUBLISHED_CALLS = 2
+"""Renames that put its adapter in the place of `last`."""
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +67,14 @@ def stop_at_two(rank: int) -> None:
     Run.save = save
 
 
-def fail_at(call: int, fault: str) -> Any:
-    """A patch that makes the `call`-th flush or rename on rank 0 fail, or ends the process there."""
+def fail_at(call: int, fault: str, step: int = 2, until: str = "") -> Any:
+    """A patch that makes the `call`-th flush or rename of the checkpoint of `step` fail, or kills rank 0 there.
+
+    It is written only when the log of the run has come as far as `until`.
+    """
 
     def patch(rank: int) -> None:
-        count = [0]
+        write, count = snapshot.write_folder, [0]
 
         def wrap(function: Any) -> Any:
             def wrapped(*arguments: Any) -> Any:
@@ -73,18 +88,25 @@ def fail_at(call: int, fault: str) -> Any:
 
             return wrapped
 
-        if rank == 0:
-            os.fsync, os.replace = wrap(os.fsync), wrap(os.replace)
+        def writing(folder: Path, *arguments: Any) -> None:
+            if folder.name == name_of(step):
+                metrics, deadline = folder.parents[1] / "metrics.jsonl", time.monotonic() + 30
+                while until not in metrics.read_text() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                os.fsync, os.replace = wrap(os.fsync), wrap(os.replace)
+            write(folder, *arguments)
+
+        snapshot.write_folder = writing
 
     return patch
 
 
 def points() -> list[Any]:
     """Every call of the second save with every fault; a few of them are fast tests."""
-    fast = {(CALLS_PER_SAVE + 2, "ENOSPC"), (CALLS_PER_SAVE + 16, "kill")}
+    fast = {(2, "ENOSPC"), (CALLS_PER_SAVE - 1, "kill")}
     return [
         pytest.param(call, fault, marks=[] if (call, fault) in fast else pytest.mark.slow)
-        for call in range(CALLS_PER_SAVE + 1, 2 * CALLS_PER_SAVE + 1)
+        for call in range(1, CALLS_PER_SAVE + PUBLISHED_CALLS + 1)
         for fault in ("ENOSPC", "EIO", "kill")
     ]
 
@@ -106,32 +128,13 @@ def test_a_fault_in_a_save_costs_one_interval(
     assert outcome(output) == whole
 
 
-def slow_disk(step: int, until: str, fault_at: int) -> Any:
-    """A patch: a checkpoint is written only when training has come as far as `until`; then the process is killed."""
-
-    def patch(rank: int) -> None:
-        write = snapshot.write_folder
-
-        def slow(folder: Path, *arguments: Any) -> None:
-            if folder.name == f"step-{step:08d}":
-                metrics, deadline = folder.parents[1] / "metrics.jsonl", time.monotonic() + 30
-                while until not in metrics.read_text() and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                fail_at(fault_at, "kill")(rank)
-            write(folder, *arguments)
-
-        snapshot.write_folder = slow
-
-    return patch
-
-
 @pytest.mark.parametrize("fault_at", [1, pytest.param(9, marks=pytest.mark.slow), CALLS_PER_SAVE - 1])
 def test_training_goes_on_beside_a_save_and_a_kill_costs_that_one_alone(
     place: Path, whole: dict[str, Any], fault_at: int, tmp_path: Path
 ) -> None:
     output, log = tmp_path / "run", tmp_path / "log"
     arguments = argv(place, output, "--save_steps", "2")
-    job = start(arguments, log, patch=slow_disk(4, '"step": 6', fault_at))
+    job = start(arguments, log, patch=fail_at(fault_at, "kill", step=4, until='"step": 6'))
     assert job.wait()[0] == -signal.SIGKILL
     assert [path.name for path in complete(output / "checkpoints")] == ["step-00000002", "step-00000003"]
     assert start(arguments, log).wait() == [0, 0]
