@@ -65,7 +65,8 @@ def adapter_tensors(engine: Any) -> dict[str, Tensor]:
         UserError: a trained parameter is not part of the adapter, or the optimizer's state cannot be read.
     """
     trained = find_trained(engine.module)
-    return _tensors(trained, NamedState(engine, trained.parameters))
+    # Tensors of their own: what saves a model refuses views of one buffer.
+    return {name: value.clone() for name, value in _tensors(trained, NamedState(engine, trained.parameters)).items()}
 
 
 def save_adapter(folder: Path, engine: Any) -> None:
@@ -204,8 +205,7 @@ def _tensors(trained: Trained, numbers: NamedState) -> dict[str, Tensor]:
     with gathered(p for p in trained.parameters.values() if p.numel() == 0):
         trained.model.state_dict()  # layers bring their tables up to date before they are saved
         buffers = {name: buffer.detach().cpu().clone() for name, buffer in trained.buffers.items()}
-    # Tensors of their own: safetensors refuses views of one buffer.
-    return {name: value.clone() for name, value in numbers.gather(MASTER).items()} | buffers
+    return numbers.gather(MASTER) | buffers
 
 
 def _set_buffers(trained: Trained, saved: Mapping[str, Tensor] | None, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from more_ds import checkpoint
 from more_ds.background import Background
@@ -21,6 +22,8 @@ from more_ds.engine import Ranks, start
 from more_ds.model import DTYPES
 from more_ds.speed.rounds import Ratio, compare
 from more_ds.speed.shapes import Shape, batch, build
+from more_ds.speed.steps import Conventions
+from more_ds.text_model import TextModel
 
 BLOCKED, WRITTEN = "blocked", "written"
 GLUE = (392_702, 363_846, 104_743, 67_349, 8_551, 5_749, 3_668, 2_490)
@@ -130,10 +133,12 @@ def _engine(shape: Shape, dtype: str, ranks: Ranks) -> tuple[Any, Callable[[], N
     config = RunConfig(train_batch_size=shape.rows)
     ds_config = resolve(None, config, batch_sizes(config, ranks.world), dtype)
     engine = start(build(shape, DTYPES[dtype], str(ranks.device)).train(), config, ds_config, ranks)
-    tensors = {name: t for name, t in batch(shape, str(ranks.device), 1).items() if name != "task_ids"}
+    text_model = TextModel(engine, Conventions(shape))  # type: ignore[arg-type]
+    tensors = batch(shape, str(ranks.device), 1)
+    weight = torch.tensor(1.0 / tensors["labels"].numel(), device=ranks.device)
 
     def step() -> None:
-        engine.backward(engine(**tensors).loss)
+        engine.backward(text_model.training_loss(tensors, weight)[0])
         engine.step()
 
     return engine, step
