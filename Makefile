@@ -7,7 +7,7 @@ ifeq ($(wildcard /dev/nvidiactl),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: train test test-slow test-faults test-slurm test-network test-catalogue lint types clean
+.PHONY: train test test-slow test-faults test-launcher test-slurm test-network test-catalogue lint types clean
 
 train: $(VENV)/ready
 	$(BIN)/deepspeed -q launch/train.py --ds_config ds_configs/zero2.json
@@ -18,10 +18,13 @@ test: $(VENV)/ready
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
 
-# The next three kill runs, and need more of a machine than the tests above: SLURM and network namespaces need root.
+# The next four kill runs, and need more of a machine than the tests above: SLURM and network namespaces need root.
 test-faults: $(VENV)/ready
 	$(BIN)/python -m pytest -s tests/machines/faults.py
 	$(BIN)/python -m pytest tests/test_faults.py tests/test_stopping.py
+
+test-launcher: $(VENV)/ready
+	$(BIN)/python -m pytest -s tests/machines/launcher.py
 
 test-slurm: $(VENV)/ready
 	$(BIN)/python -m pytest tests/machines/slurm.py

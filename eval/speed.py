@@ -4,10 +4,12 @@
     python eval/speed.py growth [--shape llama-256]
     python eval/speed.py data --model FOLDER --data_dir /data [--suite glue]
     python eval/speed.py scoring --model FOLDER --data_dir /data [--suite glue] [--tasks sst2,stsb]
+    python eval/speed.py checkpoint [--shape llama-512] [--rounds 5]
 
 step: training steps of every method and back-end over that of PEFT's LoRA (r = 8), on random weights. growth: MoRE's
 step over LoRA's as depth, width, rank, tasks, rows and length grow. data: tokens that a step computes, padded to 128,
-to the longest row, and grouped by length. scoring: closed answers by likelihood and by generation.
+to the longest row, and grouped by length. scoring: closed answers by likelihood and by generation. checkpoint: how long
+a save of the whole model holds up training, when it is on the disk, how long a resume takes.
 
 Everything that is compared runs in every round, in random order; a ratio is that of two times of the same round, so
 that other jobs on the machine do not decide. Set OMP_NUM_THREADS where the machine is shared.
@@ -19,6 +21,7 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,12 +36,14 @@ from more_ds import cli, log
 from more_ds.data.encoding import Encoder
 from more_ds.data.rows import load_examples
 from more_ds.data.tokens import tokenised
+from more_ds.engine import Ranks
 from more_ds.errors import UserError, suggest
 from more_ds.loading import choose_dtype, default_device, find_subject, load_text_model
 from more_ds.model import DTYPES, load_tokenizer, read_model_config
 from more_ds.run_folder import versions
 from more_ds.speed import plot
 from more_ds.speed.batches import count_tokens
+from more_ds.speed.saving import FAR, sampler_seconds, save_cost
 from more_ds.speed.scoring import GENERATION, PUBLISHED, score_speed
 from more_ds.speed.shapes import SHAPES, find_shape
 from more_ds.speed.steps import REFERENCE, Setting, growth, step_costs, variants
@@ -171,14 +176,44 @@ def _scoring(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: {way: asdict(r) for way, r in ratios.items()} for name, ratios in found.items()}
 
 
+def _checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    ranks = Ranks()
+    if torch.device(arguments.device).type != ranks.device.type:
+        raise UserError(
+            f"the engine is on {ranks.device}, not on {arguments.device}; hide the GPU: CUDA_VISIBLE_DEVICES="
+        )
+    ranks.connect()
+    found: dict[str, Any] = {}
+    rows = []
+    if arguments.output:
+        Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    for shape in arguments.shape.split(","):
+        with tempfile.TemporaryDirectory(dir=arguments.output) as folder:
+            cost = save_cost(find_shape(shape), _dtype(arguments), ranks, Path(folder), rounds=arguments.rounds)
+        rows.append([shape, cost.megabytes, cost.blocked, cost.written, cost.resume, cost.steps, *cost.lost])
+        found[shape] = asdict(cost) | dict(zip(("lost_beside", "lost_waiting"), cost.lost, strict=True))
+    log.say(
+        f"\n{_where(arguments)}: seconds, medians of {arguments.rounds} rounds; lost: by that many steps and a save"
+    )
+    header = ["model", "MB", "a save blocks", "on the disk after", "resume", "steps", "lost", "lost if it waits"]
+    log.say(log.table(header, rows))
+    for way, grouped in (("in any order", False), ("grouped by length", True)):
+        found[f"sampler, {way}"] = sampler_seconds(grouped=grouped)
+        log.say(f"the sampler at sample {FAR:,}, {way}: {found[f'sampler, {way}']:.3f} s to its first batch")
+    return found
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "step": _steps, "growth": _growth, "data": _data, "scoring": _scoring,
+    "step": _steps, "growth": _growth, "data": _data, "scoring": _scoring, "checkpoint": _checkpoint,
 }  # fmt: skip
 
 
 def _setting(arguments: argparse.Namespace, shape: str) -> Setting:
-    dtype = arguments.dtype or ("bf16" if arguments.device.startswith("cuda") else "fp32")
-    return Setting(find_shape(shape), DTYPES[dtype], arguments.device, dropout=arguments.dropout)
+    return Setting(find_shape(shape), DTYPES[_dtype(arguments)], arguments.device, dropout=arguments.dropout)
+
+
+def _dtype(arguments: argparse.Namespace) -> str:
+    return arguments.dtype or ("bf16" if arguments.device.startswith("cuda") else "fp32")
 
 
 def _where(arguments: argparse.Namespace) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_ds import cli, log
+from more_ds.checkpoint_files import is_taken
 from more_ds.engine import Ranks, in_touch
 from more_ds.errors import UserError
 from more_ds.pretrain.run import Settings, prepare, train
@@ -97,7 +98,7 @@ def _check_folder(settings: Settings, resume: bool) -> None:
     folder = Path(settings.output_dir)
     saved = folder / "settings.json"
     if not saved.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if is_taken(folder):
             raise UserError(f"output_dir {folder} exists and holds something else; name another folder")
         return
     if not resume:

@@ -147,6 +147,8 @@ def train_on(run: Run) -> None:
     except PreemptedError:
         run.pause()
         raise
+    finally:
+        run.saving.settle()
 
 
 def leave_out_bad_steps(run: Run) -> None:

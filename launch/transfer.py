@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_ds import checkpoint, cli, log
-from more_ds.checkpoint_files import ADAPTER, to_json, write_file
+from more_ds.checkpoint_files import ADAPTER, is_taken, to_json, write_file
 from more_ds.collective import on_rank_zero
 from more_ds.config import RunConfig
 from more_ds.data.rows import load_examples
@@ -206,10 +206,11 @@ def _finished(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """
     saved = output / "settings.json"
     if not saved.is_file():
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if is_taken(output):
             raise UserError(f"{output} exists and holds something else; name another --output_dir")
-        (output / "draws").mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
         write_file(saved, to_json(settings))
+    (output / "draws").mkdir(exist_ok=True)
     before = json.loads(saved.read_text(encoding="utf-8"))
     changed = [
         f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if before.get(key) != value

@@ -2,11 +2,12 @@
 
 The adapter and Adam's moments are small (tens of megabytes for a 7B model), so they are gathered, stored once, and cut
 again for whatever engine loads them; frozen base weights are never in it. Under full fine-tuning the whole model takes
-the adapter's place. `trained` says what is saved, `checkpoint_files` is about the folder.
+the adapter's place. `trained` says what is saved, `snapshot` writes it, `checkpoint_files` is about the folder.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -31,19 +32,18 @@ from more_ds.checkpoint_files import (
     read_folder,
     read_state,
     rotate,
-    to_json,
     write_file,
-    write_folder,
 )
 from more_ds.collective import on_rank_zero
 from more_ds.engine import gathered
-from more_ds.errors import TrainingError, UserError
+from more_ds.errors import UserError
 from more_ds.optimizer_state import MASTER, MOMENTS, NamedState, loss_scale, set_loss_scale
+from more_ds.snapshot import Snapshot, check_finite, check_tensors
 from more_ds.trained import Trained, find_trained
 
 __all__ = [
-    "adapter_tensors", "base_identity", "load", "newest_complete", "read_state", "restart", "rotate", "save",
-    "save_adapter",
+    "Snapshot", "adapter_tensors", "base_identity", "load", "newest_complete", "read_state", "restart", "rotate",
+    "save", "save_adapter", "take",
 ]  # fmt: skip
 
 
@@ -65,7 +65,8 @@ def adapter_tensors(engine: Any) -> dict[str, Tensor]:
         UserError: a trained parameter is not part of the adapter, or the optimizer's state cannot be read.
     """
     trained = find_trained(engine.module)
-    return _tensors(trained, NamedState(engine, trained.parameters))
+    # Tensors of their own: what saves a model refuses views of one buffer.
+    return {name: value.clone() for name, value in _tensors(trained, NamedState(engine, trained.parameters)).items()}
 
 
 def save_adapter(folder: Path, engine: Any) -> None:
@@ -80,9 +81,9 @@ def save_adapter(folder: Path, engine: Any) -> None:
 
     def write() -> None:
         tensors = trained.written(whole)
-        _check_finite(tensors)
+        check_finite(tensors)
         content = bytes_of(tensors, {"format": "pt"})
-        _check_tensors(content, tensors)
+        check_tensors(content, tensors)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / ADAPTER_CONFIG, trained.config)
         write_file(folder / ADAPTER, content)
@@ -90,58 +91,49 @@ def save_adapter(folder: Path, engine: Any) -> None:
     on_rank_zero(write, engine.device, f"the adapter {folder} was not written")
 
 
-def save(
-    folder: Path, engine: Any, step: int, state: Mapping[str, Any], *, keep: int = 2, protect: Iterable[Path] = ()
-) -> Path:
-    """Write a checkpoint between two optimizer steps, then remove old ones. Collective.
-
-    It is read back and compared with what is in memory before it is put in place, and before any other is removed.
+def take(engine: Any, step: int, state: Mapping[str, Any]) -> Snapshot:
+    """Copy what a checkpoint holds, between two optimizer steps. Collective.
 
     Args:
-        folder: of the checkpoints, on a disk that rank 0 reaches.
         engine: of `more_ds.engine.start`.
         step: optimizer steps taken.
         state: what the run counts (sampler, best score, base model), as plain JSON; `load` returns it.
-        keep: how many of the newest checkpoints stay.
-        protect: checkpoints that stay in any case.
+
+    Raises:
+        UserError: as for `adapter_tensors`.
+    """
+    trained = find_trained(engine.module)
+    numbers = NamedState(engine, trained.parameters)
+    whole = _tensors(trained, numbers)
+    moments = {f"{kind}.{name}": value for kind in MOMENTS for name, value in numbers.gather(kind).items()}
+    moments |= {f"{ASIDE}.{name}": whole[name] for name in trained.aside}
+    record = {
+        "step": step,
+        "run": copy.deepcopy(dict(state)),
+        "optimizer": {"step": numbers.step(), "loss_scale": loss_scale(engine.optimizer)},
+        "versions": {name: metadata.version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
+    }
+    return Snapshot(step, trained.written(whole), trained.config, moments, record)
+
+
+def save(
+    folder: Path, engine: Any, step: int, state: Mapping[str, Any], *, keep: int = 2, protect: Iterable[Path] = ()
+) -> Path:
+    """Take a snapshot and wait until it is written; arguments as for `take` and `Snapshot.write`. Collective.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        UserError: as for `adapter_tensors`.
+        UserError: as for `take`.
         TrainingError: it cannot be written, or a number in it is not finite. The checkpoints before are unharmed.
     """
-    trained = find_trained(engine.module)
-    numbers = NamedState(engine, trained.parameters)
-    whole = _tensors(trained, numbers)
-    tensors = trained.written(whole)
-    moments = {f"{kind}.{name}": value for kind in MOMENTS for name, value in numbers.gather(kind).items()}
-    moments |= {f"{ASIDE}.{name}": whole[name] for name in trained.aside}
-    record = {
-        "step": step,
-        "run": dict(state),
-        "optimizer": {"step": numbers.step(), "loss_scale": loss_scale(engine.optimizer)},
-        "versions": {name: metadata.version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
-    }
-    path = folder / name_of(step)
-
-    def check(written: Mapping[str, bytes]) -> None:
-        _check_tensors(written[ADAPTER], tensors)
-        _check_tensors(written[OPTIMIZER], moments)
-
-    def write() -> None:
-        _check_finite(tensors | moments)
-        contents = {
-            ADAPTER: bytes_of(tensors, {"format": "pt"}),
-            ADAPTER_CONFIG: trained.config,
-            OPTIMIZER: bytes_of(moments, {"format": "pt"}),
-            STATE: to_json(record),
-        }
-        write_folder(path, contents, check)
-        rotate(folder, keep, protect)
-
-    on_rank_zero(write, engine.device, f"the checkpoint {path} was not written")
+    snapshot, path = take(engine, step, state), folder / name_of(step)
+    on_rank_zero(
+        lambda: str(snapshot.write(folder, keep=keep, protect=protect)),
+        engine.device,
+        f"the checkpoint {path} was not written",
+    )
     return path
 
 
@@ -213,8 +205,7 @@ def _tensors(trained: Trained, numbers: NamedState) -> dict[str, Tensor]:
     with gathered(p for p in trained.parameters.values() if p.numel() == 0):
         trained.model.state_dict()  # layers bring their tables up to date before they are saved
         buffers = {name: buffer.detach().cpu().clone() for name, buffer in trained.buffers.items()}
-    # Tensors of their own: safetensors refuses views of one buffer.
-    return {name: value.clone() for name, value in numbers.gather(MASTER).items()} | buffers
+    return numbers.gather(MASTER) | buffers
 
 
 def _set_buffers(trained: Trained, saved: Mapping[str, Tensor] | None, device: torch.device) -> None:
@@ -226,21 +217,6 @@ def _set_buffers(trained: Trained, saved: Mapping[str, Tensor] | None, device: t
     trained.model.load_state_dict(state, strict=False)
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
-    if broken:
-        raise TrainingError(f"{len(broken)} tensors are not finite, e.g. {broken[0]}; lower the learning rate")
-
-
-def _check_tensors(content: bytes, live: Mapping[str, Tensor]) -> None:
-    """Compare the bytes of a file with the tensors it was made of."""
-    found = tensors_from(content)  # nosec B614: safetensors' load, not torch's
-    wrong = [name for name in live if name not in found or not torch.equal(found[name], live[name])]
-    wrong += [name for name in found if name not in live or found[name].numel() == 0]
-    if wrong:
-        raise TrainingError(f"{len(wrong)} tensors were not saved as they are, e.g. {wrong[0]}; check the disk")
-
-
 def _parse(content: bytes, expected: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
     """The tensors of a file, if they are those that the engine has.
 
@@ -248,7 +224,7 @@ def _parse(content: bytes, expected: Mapping[str, tuple[int, ...]], path: Path) 
         UserError: some are missing, left over or of another shape.
     """
     try:
-        found = tensors_from(content)  # nosec B614: safetensors' load, not torch's
+        found = tensors_from(content)  # nosec B614  # safetensors' load, not torch's
     except SafetensorError as error:
         raise UserError(f"{path} is no safetensors file: {error}; resume from another checkpoint") from error
     for what, names in (("lacks", set(expected) - set(found)), ("has in addition", set(found) - set(expected))):

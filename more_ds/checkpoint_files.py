@@ -32,6 +32,8 @@ OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "state.json", "manifest.js
 FILES = (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE)
 FORMAT = 1
 UNFINISHED = ".unfinished-"
+OLD = "-old"
+"""After the name of a checkpoint that another of the same step is about to replace."""
 SAMPLES, SAMPLE_BYTES = 16, 65_536
 
 
@@ -59,6 +61,13 @@ def write_file(path: Path, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether there is something at `path` but an empty folder, or one with what a write that was killed left in it."""
+    if not path.is_dir():
+        return path.exists()
+    return any(not item.name.startswith(UNFINISHED) for item in path.iterdir())
 
 
 def write_folder(
@@ -138,8 +147,12 @@ def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first; unfinished and damaged ones are left out."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and is_complete(path)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        known = re.fullmatch(rf"step-(\d{{8,}})({OLD})?", path.name)
+        if known and is_complete(path):
+            found.setdefault(int(known[1]), path)
+    return [found[step] for step in sorted(found)]
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -163,20 +176,13 @@ def newest_sound(folder: Path) -> Path:
 
 
 def rotate(folder: Path, keep: int, protect: Iterable[Path] = ()) -> None:
-    """Remove the oldest complete checkpoints.
-
-    Args:
-        folder: of the checkpoints.
-        keep: how many of the newest stay, at least one.
-        protect: these stay too.
-    """
+    """Remove the oldest complete checkpoints; the newest `keep` stay, at least one, and those in `protect`."""
     protected = {path.name for path in protect}
     for path in complete(folder)[: -max(1, keep)]:
         if path.name in protected:
             continue
         try:
-            # Under a name that is no checkpoint's first: a kill in the middle leaves no half of one.
-            path.rename(path.with_name(UNFINISHED + path.name))
+            _discard(path)
         except OSError as error:
             log.say(f"warning: the old checkpoint {path} cannot be removed: {error}")
     _remove_unfinished(folder)
@@ -264,8 +270,9 @@ def _sync(folder: Path) -> None:
 
 def _put_in_place(unfinished: Path, folder: Path) -> None:
     """Rename a folder to one that may be there already; a rename cannot replace a folder that is not empty."""
-    old = folder.with_name(f"{UNFINISHED}old-{folder.name}")
+    old = folder.with_name(folder.name + OLD)
     if folder.exists():
+        _discard(old)
         os.replace(folder, old)
     try:
         os.replace(unfinished, folder)
@@ -274,6 +281,15 @@ def _put_in_place(unfinished: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     _sync(folder.parent)
+    _discard(old)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint, if it is there; under a name that is none's first, so that a kill leaves no half of one."""
+    if folder.exists():
+        gone = folder.with_name(UNFINISHED + folder.name)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from more_ds import log
+from more_ds.data.encoding import Encoder
 from more_ds.engine import Ranks
 from more_ds.map_names import place_of
 from more_ds.plan import Plan
@@ -120,3 +121,9 @@ def rank_table(ranks: Mapping[str, Tensor], task_names: Sequence[str], before: M
         moved = sum(int((ranks[name] != before[name]).sum()) for name in ranks)
         text += f"\n{moved} of {every.numel()} choices have moved since the start"
     return text
+
+
+def cut_prompts(encoder: Encoder) -> str:
+    """The share of the prompts so far that were too long."""
+    share = 100 * encoder.num_cut / encoder.num_prompts
+    return f"{share:.1f} % of the prompts were longer than max_source_length={encoder.max_source_length}; cut"

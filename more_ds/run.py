@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from more_ds import checkpoint, log, report
 from more_ds.after_step import AfterStep
-from more_ds.checkpoint_files import base_identity, name_of, newest_sound
+from more_ds.background import Background
+from more_ds.checkpoint_files import base_identity, is_complete, name_of, newest_sound
 from more_ds.collective import on_rank_zero
 from more_ds.compare.bootstrap import RESAMPLES
 from more_ds.data.mixture import Mixture
@@ -25,6 +27,7 @@ from more_ds.export.whole import write_model
 from more_ds.gates import gate_entropy, gate_row
 from more_ds.gradients import task_gradients
 from more_ds.plan import Plan
+from more_ds.progress import Progress
 from more_ds.results import TaskResult, mean_score, write_results
 from more_ds.run_folder import RunFolder, copy_adapter, publish, versions
 from more_ds.stopping import Stop
@@ -32,31 +35,6 @@ from more_ds.tasks import Task
 from more_ds.tasks.render import Example
 from more_ds.text_model import TextModel
 from more_ds.tuners.full import FullConfig
-
-
-@dataclass
-class Progress:
-    """Where a run is: what a checkpoint says beside the weights.
-
-    Attributes:
-        step: optimizer steps taken.
-        best_score: best mean validation score so far, in percent.
-        best_step: the step it was reached at.
-        worse_in_a_row: evaluations since then.
-        scores: primary metric by title (`majority`, `untuned`, `best`) and task, in percent.
-        first_ranks: the ranks that the gates chose at the start, by adapted map.
-        evaluated_step: the step of the last evaluation that was completed; -1: none.
-        skipped: steps that were left out because their loss was not finite, counted from 0.
-    """
-
-    step: int = 0
-    best_score: float | None = None
-    best_step: int = 0
-    worse_in_a_row: int = 0
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    first_ranks: dict[str, list[int]] = field(default_factory=dict)
-    evaluated_step: int = -1
-    skipped: list[int] = field(default_factory=list)
 
 
 class Run:
@@ -72,6 +50,7 @@ class Run:
         self.mixture = Mixture(plan.train, plan.sampler, plan.encoder, collator, plan.tokens)
         self.progress = Progress()
         self.saved_step = 0
+        self.saving = Background(ranks.device)
         self.base = base_identity(plan.config.model, plan.config.revision)
         self.task_ids = {name: i for i, name in enumerate(plan.task_names)}
         self.train_golds = {t.name: [e.gold for e in rows] for t, rows in zip(plan.tasks, plan.train, strict=True)}
@@ -135,24 +114,42 @@ class Run:
         self.engine.train()
 
     def save(self) -> None:
-        """Write a checkpoint, and its adapter as `last`, and as `best` if it is the best so far."""
-        began, state, config = time.monotonic(), self.progress, self.plan.config
+        """Take a checkpoint; it is written beside the training, then `last`, and `best` if it is the best so far.
+
+        Raises:
+            TrainingError: the one before was not written.
+        """
+        self.wait_for_save()
+        state = self.progress
         self.plan.sampler.next_step = state.step
-        path = checkpoint.save(
-            self.folder.checkpoints,
-            self.engine,
-            state.step,
-            {"progress": asdict(state), "sampler": self.plan.sampler.state_dict(), "base": self.base},
-            keep=config.save_total_limit,
-            protect=[self._checkpoint(state.best_step)],
-        )
-        if self.ranks.rank == 0:
-            publish(path, self.folder.last, self._write_trained)
-            if state.best_step == state.step:
-                publish(path, self.folder.best, self._write_trained)
-        self.ranks.barrier()
+        counted = {"progress": asdict(state), "sampler": self.plan.sampler.state_dict(), "base": self.base}
+        snapshot = checkpoint.take(self.engine, state.step, counted)
+        path = self._checkpoint(state.step)
+        self.saving.start(partial(self._write, snapshot, state.best_step), f"the checkpoint {path} was not written")
         self.saved_step = state.step
-        self.stop.saved(time.monotonic() - began)
+        self.stop.no_step()
+
+    def wait_for_save(self) -> None:
+        """Wait until the last checkpoint that was taken is on the disk.
+
+        Raises:
+            TrainingError: it was not written; those before are unharmed.
+        """
+        seconds = self.saving.wait()
+        if seconds is not None:
+            self.stop.saved(seconds)
+
+    def _write(self, snapshot: checkpoint.Snapshot, best_step: int) -> float:
+        """Write a checkpoint and what is published of it, on rank 0; returns the seconds that it took."""
+        began, best = time.monotonic(), self._checkpoint(best_step)
+        path = snapshot.write(self.folder.checkpoints, keep=self.plan.config.save_total_limit, protect=[best])
+        self._publish(path, path if path == best else None)
+        return time.monotonic() - began
+
+    def _publish(self, last: Path, best: Path | None) -> None:
+        publish(last, self.folder.last, self._write_trained)
+        if best is not None:
+            publish(best, self.folder.best, self._write_trained)
 
     def _write_trained(self, checkpoint_folder: Path, folder: Path) -> None:
         """What is published of a checkpoint: the adapter, or the model of a run that trains all of it."""
@@ -166,6 +163,7 @@ class Run:
         """Save what has been trained since the last checkpoint, before the process ends."""
         if self.progress.step > self.saved_step:
             self.save()
+        self.wait_for_save()
         self.stop.signals.is_over = True
 
     def leave_out(self, error: NonFiniteError) -> None:
@@ -192,22 +190,28 @@ class Run:
         self.resume(folder / name)
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; `last` and `best` are brought to where it is, should a kill have come between.
 
         Raises:
             UserError: it is damaged, or of another adapter or sampling plan.
         """
+        self.wait_for_save()
         state = checkpoint.load(path, self.engine)
         self.progress = Progress(**state["progress"])
         self.saved_step = self.progress.step
         self.plan.sampler.load_state_dict(state["sampler"])
-        if self.ranks.rank == 0:
-            self.folder.forget_after(self.progress.step)
-        self.ranks.barrier()
+        best = self._checkpoint(self.progress.best_step)
+
+        def bring_back() -> None:
+            self.folder.forget_after(self.progress.step, self.progress.evaluated_step == self.progress.step)
+            self._publish(path, best if is_complete(best) else None)
+
+        on_rank_zero(bring_back, self.ranks.device, f"{self.folder.path} cannot be written")
         log.say(f"resumed from {path}, step {self.progress.step}")
 
     def finish(self) -> None:
         """Score the best adapter on the test splits, and show what came out."""
+        self.wait_for_save()
         state, folder = self.progress, self.folder
         if state.best_step not in (0, state.step):
             checkpoint.load(self._checkpoint(state.best_step), self.engine)
@@ -238,7 +242,8 @@ class Run:
         if chosen:
             before = {name: torch.tensor(first) for name, first in state.first_ranks.items()}
             log.say("\n" + report.rank_table(chosen, self.plan.task_names, before))
-        self._say_what_was_cut()
+        if self.plan.encoder.num_cut:
+            log.say("\n" + report.cut_prompts(self.plan.encoder))
         what = "model" if isinstance(self.plan.adapter, FullConfig) else "adapter"
         log.say(
             f"\nbest {what} (step {state.best_step}): {folder.best}\nscore it again: python eval/run.py {folder.path}"
@@ -289,11 +294,3 @@ class Run:
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder.checkpoints / name_of(step)
-
-    def _say_what_was_cut(self) -> None:
-        encoder = self.plan.encoder
-        if encoder.num_cut:
-            share = 100 * encoder.num_cut / encoder.num_prompts
-            log.say(
-                f"\n{share:.1f} % of the prompts were longer than max_source_length={encoder.max_source_length}; cut"
-            )

@@ -15,7 +15,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG, base_identity, is_complete, newest_complete
+from more_ds.checkpoint_files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    base_identity,
+    is_complete,
+    is_taken,
+    newest_complete,
+    write_file,
+)
 from more_ds.config import RunConfig
 from more_ds.errors import UserError
 
@@ -45,12 +53,15 @@ class RunFolder:
         """
         saved = self.path / "config.json"
         if not saved.is_file():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if is_taken(self.path):
                 raise UserError(f"output_dir {self.path} exists and holds something else; name another folder")
             return
         if not resume:
             raise UserError(f"output_dir {self.path} holds another run; name another folder, or add --resume auto")
-        before, now = json.loads(saved.read_text()), json.loads(json.dumps(asdict(config)))
+        try:
+            before, now = json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(asdict(config)))
+        except ValueError as error:
+            raise UserError(f"{saved} is not JSON: {error}; restore it, or name another folder") from error
         changed = [
             f"{key} was {before.get(key)!r}, is {now[key]!r}"
             for key in now
@@ -100,12 +111,25 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
-    def forget_after(self, step: int) -> None:
-        """Drop the rows of steps that a resumed run takes again."""
+    def forget_after(self, step: int, is_evaluated: bool = True) -> None:
+        """Drop the rows that a resumed run writes again.
+
+        Args:
+            step: that it goes on from; the rows of later ones go.
+            is_evaluated: whether the evaluation at `step` is done with; else its rows go too.
+        """
         if self.metrics.is_file():
-            rows = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in rows if json.loads(line)["step"] <= step]
-            self.metrics.write_text("".join(line + "\n" for line in kept))
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _stays(line, step, is_evaluated)]
+            write_file(self.metrics, "".join(line + "\n" for line in kept).encode())
+
+
+def _stays(line: str, step: int, is_evaluated: bool) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:  # the process ended while it was written
+        return False
+    return bool(row["step"] < step or (row["step"] == step and (is_evaluated or "loss" in row)))
 
 
 def copy_adapter(checkpoint: Path, folder: Path) -> None:
@@ -153,4 +177,4 @@ def versions() -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(content, indent=2, default=str) + "\n").encode())

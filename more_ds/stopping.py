@@ -148,16 +148,20 @@ class Stop:
         """
         if float(self.ranks.sum(torch.tensor(float(self.reason() is not None)))):
             raise self.error()
-        self._last_step = None  # an evaluation is no step
+        self.no_step()
 
     def error(self) -> PreemptedError:
         """What ends the run."""
         return PreemptedError(self.reason() or "another rank")
 
-    def saved(self, seconds: float) -> None:
-        """Note how long a save took."""
-        self._save_seconds = max(self._save_seconds if self._save_seconds != SAVE_SECONDS else 0.0, seconds)
+    def no_step(self) -> None:
+        """Note that what has passed since the last step, an evaluation or a save, is not the time of one."""
         self._last_step = None
+
+    def saved(self, seconds: float) -> None:
+        """Note how long it took until a checkpoint was on the disk."""
+        self._save_seconds = max(self._save_seconds if self._save_seconds != SAVE_SECONDS else 0.0, seconds)
+        self.no_step()
 
     def _margin(self) -> float:
         """Seconds that the rest of a step, one more and a save may take, with as much again to spare."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -15,20 +16,44 @@ from distributed import run_ranks
 from fault_runs import argv, make_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines.catalogue import CATALOGUE
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_engines import base, engine, train
 from tiny_models import base_model, tokenizer
 from torch import nn
 
 from launch import train as command
-from more_ds import checkpoint, loading, plan
+from more_ds import checkpoint, loading, plan, snapshot
 from more_ds.checkpoint_files import FILES, complete, name_of, rotate, write_folder
-from more_ds.config import RunConfig
+from more_ds.config import RunConfig, build, read_recipe
+from more_ds.data.collate import IGNORED, Collator
+from more_ds.data.mixture import Mixture
 from more_ds.ds_config import batch_sizes, resolve
 from more_ds.engine import Ranks, start
 from more_ds.errors import TrainingError, UserError
 from more_ds.ledger import MOST_SKIPPED, Ledger
 from more_ds.model import check_model
+from more_ds.scoring.answering import prepare
+
+ROOT = Path(__file__).parents[1]
+
+
+def defined(path: Path) -> set[str]:
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_catalogue_names_tests_and_sources_that_are_there() -> None:
+    assert len({failure.what for failure in CATALOGUE}) == 25
+    for failure in CATALOGUE:
+        for name in failure.tests:
+            file, _, test = name.partition("::")
+            there = defined(ROOT / "tests" / file)
+            assert test in there if test else any(other.startswith("test_") for other in there), name
+        file, sound, faulty = failure.plant
+        source = (ROOT / file).read_text()
+        assert source.count(sound) == 1, f"{file} has {source.count(sound)} times: {sound}"
+        compile(source.replace(sound, faulty), file, "exec")
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +70,13 @@ def test_fp16_is_refused_for_t5() -> None:
 
 def save_with_an_empty_tensor(ranks: Ranks, folder: Path) -> str:
     module = engine(ranks, "zero3_partitioned fp32", folder)
-    original = checkpoint.bytes_of
+    original = snapshot.bytes_of
 
     def empties(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
         name = next(iter(tensors))
         return original(tensors | {name: torch.empty(0)}, metadata)
 
-    with mock.patch.object(checkpoint, "bytes_of", empties):
+    with mock.patch.object(snapshot, "bytes_of", empties):
         try:
             checkpoint.save(folder, module, 1, {})
         except TrainingError as error:
@@ -200,3 +225,34 @@ def test_a_gradient_reaches_every_tensor_of_the_adapter_with_checkpointing() -> 
     trained: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 4
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in trained)
+
+
+def test_a_run_with_checkpointing_ends_where_one_without_does(place: Path, tmp_path: Path) -> None:
+    plain = argv(place, tmp_path / "plain", "--max_steps", "3", "--eval_steps", "3", "--adapter.lora_dropout", "0")
+    checkpointed = [*plain, "--gradient_checkpointing", "--output_dir", str(tmp_path / "checkpointed")]
+    for arguments in (plain, checkpointed):
+        assert run_ranks(lambda _, given=arguments: command.main(given), 1) == [0]
+    first, second = (load_file(tmp_path / way / "last" / checkpoint.ADAPTER) for way in ("plain", "checkpointed"))
+    assert any("more_gate" in name for name in first)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_prompts_and_answers_are_scored_as_they_are_trained(place: Path) -> None:
+    config = build(read_recipe(str(place / "recipe.yaml")), "the recipe")
+    the_plan = plan.make(config, ds_config_path=None, world=1, on_gpu=False)
+    rows = {task.name: own for task, own in zip(the_plan.tasks, the_plan.train, strict=True)}
+    model: Any = SimpleNamespace(encoder=the_plan.encoder)
+    items, _ = prepare(model, the_plan.tasks, rows, dict.fromkeys(rows, 0))
+    scored = {tuple(item.prompt): item for item in items}
+    mixture = Mixture(the_plan.train, the_plan.sampler, the_plan.encoder, Collator(the_plan.encoder.pad_id))
+    answers = 0
+    for batch in mixture.micro_batches(0, rank=0, world=1, accumulation=4):
+        tensors = batch.tensors
+        item = scored[tuple(tensors["input_ids"][tensors["prompt_mask"].bool()].tolist())]
+        assert item.task is the_plan.tasks[batch.task]
+        if item.options:
+            labels = tensors["labels"][tensors["labels"] != IGNORED].tolist()
+            assert labels == item.options[item.example.options.index(item.example.target)]
+            answers += 1
+    assert answers

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from more_ds.checkpoint_files import (
     write_file,
     write_folder,
 )
+from more_ds.config import RunConfig
 from more_ds.errors import UserError
+from more_ds.run_folder import RunFolder
 
 
 def contents(step: int) -> dict[str, bytes]:
@@ -91,25 +94,32 @@ def test_an_io_error_at_any_point_leaves_what_was_there(
     assert len(outcomes) > 15  # five files with three calls each, and the folder
 
 
-def test_a_kill_at_any_point_leaves_a_complete_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = 0
-    while True:
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_kill_at_any_point_leaves_a_complete_checkpoint(
+    folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first case writes a step for the second time: no moment is without a checkpoint of it."""
+    another = contents(step) | {FILES[0]: b"another"}
+    call, status = 0, -1
+    while not os.WIFEXITED(status):
         call += 1
         child = os.fork()
         if child == 0:
-            fail_at(monkeypatch, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            write_folder(folder / name_of(3), contents(3))
-            os._exit(0)
+            try:
+                fail_at(monkeypatch, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                write_folder(folder / name_of(step), another)
+            finally:
+                os._exit(sys.exc_info()[0] is not None)
         _, status = os.waitpid(child, 0)
         newest = newest_complete(folder)
         assert newest is not None
-        assert read_folder(newest) == contents(int(newest.name[5:]))
-        assert read_folder(folder / name_of(2)) == contents(2)
-        if os.WIFEXITED(status):
-            break
+        assert read_folder(newest) in (contents(2), another)
+        assert read_folder(folder / name_of(1)) == contents(1)
+    assert status == 0
     assert call > 10
-    assert newest == folder / name_of(3)
-    assert sorted(path.name for path in folder.iterdir()) == [name_of(step) for step in (1, 2, 3)]
+    assert newest == folder / name_of(step)
+    assert read_folder(newest) == another
+    assert sorted(path.name for path in folder.iterdir()) == [name_of(other) for other in range(1, max(2, step) + 1)]
 
 
 def test_what_the_disk_gives_back_is_checked_before_it_counts(folder: Path) -> None:
@@ -231,3 +241,44 @@ def test_a_base_model_is_known_by_its_bytes(tmp_path: Path) -> None:
     (moved / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no weights"):
         base_identity(str(moved))
+
+
+def test_a_kill_while_a_run_folder_is_made_leaves_one_that_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made for the first time, and again by a resume, which writes the same."""
+    path, config = tmp_path / "run", RunConfig(train_batch_size=4)
+    calls = []
+    for _ in ("first", "again"):
+        call, status = 0, -1
+        while not os.WIFEXITED(status):
+            call += 1
+            child = os.fork()
+            if child == 0:
+                fail_at(monkeypatch, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                RunFolder(path).create(config, {}, {})
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            RunFolder(path).check(config, resume=True)
+        calls.append(call)
+    assert calls == [13, 13], "four files with a flush, a rename and a flush of the folder each; and none that fails"
+    assert json.loads((path / "config.json").read_text())["train_batch_size"] == 4
+    (path / "config.json").write_text("")
+    with pytest.raises(UserError, match="is not JSON"):
+        RunFolder(path).check(config, resume=True)
+
+
+def test_a_resumed_run_writes_no_row_twice(tmp_path: Path) -> None:
+    """A kill between an evaluation and its save: the row is there, and the checkpoint knows nothing of it."""
+    rows = [
+        {"step": 2, "loss": 2.0},
+        {"step": 3, "loss": 1.0},
+        {"step": 3, "mean_score": 5.0},
+        {"step": 4, "loss": 0.5},
+    ]
+    lines = [json.dumps(row) for row in rows]
+    folder = RunFolder(tmp_path)
+    for is_evaluated, kept in ((True, lines[:3]), (False, lines[:2])):
+        folder.metrics.write_text("\n".join([*lines, '{"step": 4, "tasks": {"a": {}']))
+        folder.forget_after(3, is_evaluated)
+        assert folder.metrics.read_text().splitlines() == kept

@@ -6,18 +6,33 @@ import errno
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import argv, make_place, outcome, start
+from fault_runs import STEPS, argv, make_place, outcome, start
 
-from more_ds.checkpoint_files import ADAPTER, FILES, MANIFEST, OPTIMIZER, STATE, complete, read_folder, write_folder
+from more_ds import run as run_module
+from more_ds import snapshot
+from more_ds.checkpoint_files import (
+    ADAPTER,
+    FILES,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    complete,
+    name_of,
+    read_folder,
+    write_folder,
+)
 from more_ds.errors import PREEMPTED
 from more_ds.run import Run
 
 CALLS_PER_SAVE = 17
 """Flushes and renames of one checkpoint: five files with three each, the folder's rename and its flush."""
+PUBLISHED_CALLS = 2
+"""Renames that put its adapter in the place of `last`."""
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +67,14 @@ def stop_at_two(rank: int) -> None:
     Run.save = save
 
 
-def fail_at(call: int, fault: str) -> Any:
-    """A patch that makes the `call`-th flush or rename on rank 0 fail, or ends the process there."""
+def fail_at(call: int, fault: str, step: int = 2, until: str = "") -> Any:
+    """A patch that makes the `call`-th flush or rename of the checkpoint of `step` fail, or kills rank 0 there.
+
+    It is written only when the log of the run has come as far as `until`.
+    """
 
     def patch(rank: int) -> None:
-        count = [0]
+        write, count = snapshot.write_folder, [0]
 
         def wrap(function: Any) -> Any:
             def wrapped(*arguments: Any) -> Any:
@@ -70,18 +88,25 @@ def fail_at(call: int, fault: str) -> Any:
 
             return wrapped
 
-        if rank == 0:
-            os.fsync, os.replace = wrap(os.fsync), wrap(os.replace)
+        def writing(folder: Path, *arguments: Any) -> None:
+            if folder.name == name_of(step):
+                metrics, deadline = folder.parents[1] / "metrics.jsonl", time.monotonic() + 30
+                while until not in metrics.read_text() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                os.fsync, os.replace = wrap(os.fsync), wrap(os.replace)
+            write(folder, *arguments)
+
+        snapshot.write_folder = writing
 
     return patch
 
 
 def points() -> list[Any]:
     """Every call of the second save with every fault; a few of them are fast tests."""
-    fast = {(CALLS_PER_SAVE + 2, "ENOSPC"), (CALLS_PER_SAVE + 16, "kill")}
+    fast = {(2, "ENOSPC"), (CALLS_PER_SAVE - 1, "kill")}
     return [
         pytest.param(call, fault, marks=[] if (call, fault) in fast else pytest.mark.slow)
-        for call in range(CALLS_PER_SAVE + 1, 2 * CALLS_PER_SAVE + 1)
+        for call in range(1, CALLS_PER_SAVE + PUBLISHED_CALLS + 1)
         for fault in ("ENOSPC", "EIO", "kill")
     ]
 
@@ -100,6 +125,42 @@ def test_a_fault_in_a_save_costs_one_interval(
     for path in found:
         read_folder(path)
     assert start(argv(place, output), log).wait() == [0, 0]
+    assert outcome(output) == whole
+
+
+@pytest.mark.parametrize("fault_at", [1, pytest.param(9, marks=pytest.mark.slow), CALLS_PER_SAVE - 1])
+def test_training_goes_on_beside_a_save_and_a_kill_costs_that_one_alone(
+    place: Path, whole: dict[str, Any], fault_at: int, tmp_path: Path
+) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    arguments = argv(place, output, "--save_steps", "2")
+    job = start(arguments, log, patch=fail_at(fault_at, "kill", step=4, until='"step": 6'))
+    assert job.wait()[0] == -signal.SIGKILL
+    assert [path.name for path in complete(output / "checkpoints")] == ["step-00000002", "step-00000003"]
+    assert start(arguments, log).wait() == [0, 0]
+    assert "step-00000003, step 3" in log.read_text()
+    assert outcome(output) == whole
+
+
+def test_a_kill_between_a_checkpoint_and_its_copies_is_mended(
+    place: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """The last checkpoint is there, so that no step is taken and none written any more."""
+    output, log = tmp_path / "run", tmp_path / "log"
+
+    def patch(rank: int) -> None:
+        publish = run_module.publish
+
+        def killed(path: Path, *arguments: Any) -> None:
+            if path.name == f"step-{STEPS:08d}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            publish(path, *arguments)
+
+        run_module.publish = killed
+
+    assert start(argv(place, output), log, patch=patch).wait()[0] == -signal.SIGKILL
+    assert start(argv(place, output), log).wait() == [0, 0]
+    assert f"step-{STEPS:08d}, step {STEPS}" in log.read_text()
     assert outcome(output) == whole
 
 

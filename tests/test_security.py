@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,15 @@ import pytest
 from distributed import run_ranks
 from fault_runs import argv, make_place, start
 from tiny_engines import engine
-from tiny_models import base_model
+from tiny_models import base_model, text_model
 
 from launch import train
 from more_ds import checkpoint, loading
 from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG, MANIFEST
+from more_ds.data.rows import load_examples
 from more_ds.engine import Ranks
 from more_ds.errors import UserError
+from more_ds.export.job import Request, export
 from more_ds.tasks import resolve_tasks
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +48,10 @@ class Bomb:
 def plant(folder: Path, marker: Path, names: tuple[str, ...] = BOMBS) -> None:
     for name in names:
         (folder / name).write_bytes(pickle.dumps(Bomb(marker)))
+
+
+def leave_a_mark(module: Path, marker: Path) -> None:
+    module.write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: pass\n")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +114,7 @@ def test_a_base_model_cannot_bring_code(
 ) -> None:
     model, marker = tmp_path / "model", tmp_path / "marker"
     shutil.copytree(place / "llama", model)
-    (model / "evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: pass\n")
+    leave_a_mark(model / "evil.py", marker)
     if content is None:
         (model / "model.safetensors").unlink()
         plant(model, marker)
@@ -116,6 +126,73 @@ def test_a_base_model_cannot_bring_code(
     assert not marker.exists()
     if name != "tokenizer_config.json":
         assert "error: " in (tmp_path / "log").read_text()
+
+
+def adapter_with(place: Path, folder: Path, **keys: Any) -> Path:
+    """An adapter that is sound but for some keys of its configuration, and a module beside it that leaves a mark."""
+    model = text_model("llama", ["a", "b"]).peft
+    model.peft_config["default"].base_model_name_or_path = str(place / "llama")
+    model.save_pretrained(str(folder))
+    path = folder / ADAPTER_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    leave_a_mark(folder / "evil.py", folder / "marker")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}},
+        {"auto_map": {"AutoModel": "evil.Evil"}, "trust_remote_code": True},
+    ],
+)
+def test_an_adapter_cannot_bring_code(
+    place: Path, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapter_with(place, tmp_path / "adapter", **keys)
+    monkeypatch.syspath_prepend(str(folder))
+    with contextlib.suppress(UserError):  # refused, or left alone
+        subject = loading.find_subject(str(folder))
+        loading.load_text_model(subject, dtype="fp32", device="cpu", max_source_length=8, max_target_length=8)
+    assert not (folder / "marker").exists()
+    importlib.import_module("evil")
+    assert (folder / "marker").exists(), "it would have been found"
+    del sys.modules["evil"]
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "a\\b", "..", "", "a\0b", 5])
+def test_an_adapter_cannot_name_a_path(place: Path, name: Any, tmp_path: Path) -> None:
+    """An export makes a folder for each task of an adapter."""
+    folder = adapter_with(place, tmp_path / "a" / "b" / "adapter", task_names=["a", name])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="which no folder can be called"):
+        export(Request(loading.find_subject(str(folder)), "lora", (), tmp_path / "a" / "b" / "out"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def tar_of(names: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        for name, link in names.items():
+            member = tarfile.TarInfo(name)
+            member.size = 0 if link else 4
+            member.type, member.linkname = (tarfile.SYMTYPE, link) if link else (tarfile.REGTYPE, "")
+            archive.addfile(member, io.BytesIO(b"evil"))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("members", [{"../../evil": None}, {"/tmp/evil": None}, {"link": "/etc", "link/evil": None}])
+@pytest.mark.parametrize("name", ["rows.tar.gz", "rows.tar", "rows.zip", "rows.jsonl.gz"])
+def test_an_archive_is_no_data(members: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """It is refused by its name, or read as rows, which it does not hold; nothing is unpacked."""
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    (tmp_path / "x" / "y" / name).write_bytes(tar_of(members))
+    task = {"files": {"train": name}, "prompt": "{text}", "target": "{text}", "metrics": ["exact_match"]}
+    (tmp_path / "x" / "y" / "mine.yaml").write_text(json.dumps({"suite": "mine", "tasks": {"x": task}}))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"no file that can be read|rows\.jsonl\.gz"):
+        load_examples(resolve_tasks(None, [], str(tmp_path / "x" / "y" / "mine.yaml"))[0], "train")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/name:os.system", "!!python/module:os"])
@@ -153,7 +230,8 @@ def test_a_prompt_is_no_format_string(prompt: str, tmp_path: Path) -> None:
 
 FORBIDDEN = re.compile(
     r"weights_only\s*=\s*False|yaml\.load\("
-    r"|\beval\(|\bexec\(|pickle\.|import pickle|trust_remote_code\s*=\s*True|extractall|zipfile"
+    r"|\beval\(|\bexec\(|pickle\.|import pickle|trust_remote_code\s*=\s*True|unsafe_load"
+    r"|extractall|zipfile|tarfile|unpack_archive"
     r"|shell\s*=\s*True|os\.system|__import__"
 )
 

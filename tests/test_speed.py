@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed import run_ranks
 from tiny_models import text_model
 from toy_suite import toy_examples, write_toy
 
@@ -21,7 +22,7 @@ from more_ds.speed.batches import count_tokens
 from more_ds.speed.counting import kernels, peak_bytes
 from more_ds.speed.rounds import compare
 from more_ds.speed.scoring import score_speed
-from more_ds.speed.shapes import SHAPES, find_shape
+from more_ds.speed.shapes import SHAPES, build, find_shape
 from more_ds.speed.steps import REFERENCE, variants
 from more_ds.tasks import load_suite
 
@@ -94,6 +95,22 @@ def test_steps(speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert costs["more fused"]["syncs"] == costs[REFERENCE]["syncs"]
     assert all(cost["peak_mb"] > 0 for cost in costs.values())
     assert (tmp_path / "step-t5-256.svg").is_file()
+
+
+def test_checkpoint(speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(
+        SHAPES["llama-256"], config=SHAPES["llama-256"].config | {"hidden_size": 64, "num_hidden_layers": 1}
+    )
+    monkeypatch.setitem(SHAPES, "llama-256", small)
+    argv = ["checkpoint", "--shape", "llama-256", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path)]
+    assert run_ranks(lambda _: speed.main(argv), 1) == [0]
+    found = json.loads((tmp_path / "checkpoint.json").read_text())["checkpoint"]
+    parameters = sum(p.numel() for p in build(small, torch.float32, "cpu").parameters())
+    assert found["llama-256"]["megabytes"] == pytest.approx(12e-6 * parameters, rel=0.01)
+    assert all(found["llama-256"][name] > 0 for name in ("blocked", "written", "resume", "steps"))
+    assert found["sampler, grouped by length"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"]
+    assert run_ranks(lambda _: speed.main([*argv, "--device", "cuda"]), 1) == [2]
 
 
 def test_bad_input(speed: Any, capsys: pytest.CaptureFixture[str]) -> None:

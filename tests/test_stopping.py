@@ -66,7 +66,7 @@ def at_call(owner: Any, name: str, call: int, rank_to_signal: int, number: int) 
         ((train, "take_step", 3, 1), signal.SIGTERM, 3),
         ((run_module, "evaluate", 1, 1), signal.SIGINT, 3),
         pytest.param((train, "take_step", 2, 0), signal.SIGUSR1, 2, marks=pytest.mark.slow),
-        pytest.param((run_module.checkpoint, "save", 4, 1), signal.SIGTERM, 5, marks=pytest.mark.slow),
+        pytest.param((run_module.checkpoint, "take", 4, 1), signal.SIGTERM, 5, marks=pytest.mark.slow),
     ],
     ids=["in a step", "in an evaluation", "in a step of rank 0", "in a save"],
 )

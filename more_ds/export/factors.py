@@ -73,13 +73,17 @@ def read_adapter(subject: Subject) -> Adapter:
     """Read the adapter of a run or of a folder.
 
     Raises:
-        UserError: a plain model, no weights, damaged weights, or values that are not finite.
+        UserError: a plain model, no weights, damaged weights, values that are not finite, or task names that cannot be
+            those of folders.
     """
     if subject.adapter is None or subject.adapter_config is None:
         raise UserError(f"{subject.name} is a model without an adapter; there is nothing to export")
     config = subject.adapter_config
     num_tasks = getattr(config, "num_tasks", 1)
     names = tuple(getattr(config, "task_names", None) or ())
+    for name in names:
+        if not isinstance(name, str) or name.strip(".") == "" or set(name) & set("/\\\0"):
+            raise UserError(f"{subject.name} calls a task {name!r}, which no folder can be called; mend its task_names")
     if not names:
         names = ("default",) if num_tasks == 1 else tuple(f"task{i}" for i in range(num_tasks))
     return Adapter(config, read_weights(subject.adapter), names)

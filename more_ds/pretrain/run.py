@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from more_ds import checkpoint, log
-from more_ds.checkpoint_files import newest_complete, newest_sound
+from more_ds.checkpoint_files import newest_complete, newest_sound, write_file
 from more_ds.collective import on_rank_zero
 from more_ds.config import RunConfig
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve
@@ -210,7 +210,7 @@ def _resumed(run: Pretraining) -> int:
             json.loads(line) for line in _metrics(run).read_text(encoding="utf-8").splitlines() if line.endswith("}")
         ]
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
-        _metrics(run).write_text("".join(kept), encoding="utf-8")
+        write_file(_metrics(run), "".join(kept).encode())
     return done
 
 
@@ -240,7 +240,7 @@ def _write_model(run: Pretraining) -> None:
 def _begin(settings: Settings, folder: Path, texts: list[str]) -> None:
     """Write the settings, and train a tokeniser where none is given."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(settings.decisive(), indent=2) + "\n", encoding="utf-8")
+    write_file(folder / "settings.json", (json.dumps(settings.decisive(), indent=2) + "\n").encode())
     own = folder / "tokenizer"
     if settings.from_model or settings.tokenizer or (own / "tokenizer_config.json").is_file():
         return

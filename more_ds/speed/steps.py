@@ -119,7 +119,7 @@ def _step(setting: Setting, name: str, compiled: bool) -> tuple[Callable[[], obj
     parameters = [p for p in model.parameters() if p.requires_grad]
     # An optimizer without parameters is an error; the floor has none to train.
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
-    text_model = TextModel(model, _Conventions(setting.shape))  # type: ignore[arg-type]
+    text_model = TextModel(model, Conventions(setting.shape))  # type: ignore[arg-type]
     tensors = batch(setting.shape, setting.device, setting.tasks)
     weight = torch.tensor(1.0 / tensors["labels"].numel(), device=setting.device)
 
@@ -169,7 +169,7 @@ def _method(setting: Setting, name: str) -> tuple[str, dict[str, Any]]:
     return name, {key: value for key, value in ranked.items() if key in known}
 
 
-class _Conventions:
+class Conventions:
     """As much of an `Encoder` as a step on ready tensors needs."""
 
     pad_id = 0
