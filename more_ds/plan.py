@@ -33,7 +33,7 @@ from more_ds.model import (
     read_model_config,
     without_weights,
 )
-from more_ds.plan_checks import check_start, check_targets, check_taught, check_vocabulary, check_weights
+from more_ds.plan_checks import check_paged, check_start, check_targets, check_taught, check_vocabulary, check_weights
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
 
@@ -130,6 +130,7 @@ def make(
     if dtype == "fp16" and not on_gpu:
         raise UserError("fp16 needs a GPU; use --dtype bf16 or fp32")
     ds_config = resolve(ds_config_path, config, sizes, dtype)
+    check_paged(config.optim, ds_config, on_gpu)
     if config.gradient_cosine and zero_stage(ds_config) == 3:
         raise UserError(
             "--gradient_cosine needs whole parameters on each rank, not ZeRO-3; use a ds_config with ZeRO-2"
