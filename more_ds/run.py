@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from more_ds import checkpoint, log, report
+from more_ds import checkpoint, log, memory_use, report
 from more_ds.after_step import AfterStep
 from more_ds.checkpoint_files import base_identity, name_of, newest_sound
 from more_ds.collective import on_rank_zero
@@ -239,6 +239,7 @@ class Run:
             before = {name: torch.tensor(first) for name, first in state.first_ranks.items()}
             log.say("\n" + report.rank_table(chosen, self.plan.task_names, before))
         self._say_what_was_cut()
+        log.say(f"\nmemory at the peak: {memory_use.at_peak(self.ranks, self.engine.module)}")
         what = "model" if isinstance(self.plan.adapter, FullConfig) else "adapter"
         log.say(
             f"\nbest {what} (step {state.best_step}): {folder.best}\nscore it again: python eval/run.py {folder.path}"
