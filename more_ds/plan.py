@@ -34,6 +34,7 @@ from more_ds.model import (
     without_weights,
 )
 from more_ds.plan_checks import check_paged, check_start, check_targets, check_taught, check_vocabulary, check_weights
+from more_ds.quantised import check_quantised, quantiser
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
 
@@ -140,6 +141,8 @@ def make(
     check_given(config.method, {"init_adapter": config.init_adapter, **config.adapter})
     config = with_demo(config)
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
+    zero3 = zero_stage(ds_config) == 3
+    check_quantised(model_config, config.quantization, dtype=dtype, zero3=zero3, on_gpu=on_gpu)
     names = [task.name for task in tasks]
     check_start(config)
     options, fill = with_sources(config)
@@ -148,9 +151,9 @@ def make(
         config.method,
         gradient_checkpointing=config.gradient_checkpointing,
         encoder_decoder=model_config.is_encoder_decoder,
-        quantization=config.quantization != "none",
+        quantization=config.quantization != "none" or quantiser(model_config) is not None,
         fp16=dtype == "fp16",
-        zero3=zero_stage(ds_config) == 3,
+        zero3=zero3,
     )
     teachers = None
     if config.distill_from is not None:

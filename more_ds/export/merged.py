@@ -92,7 +92,10 @@ def _shards(base: Path) -> list[str]:
 def _tensor_names(base: Path, shards: list[str], factors: Factors, model_config: Any) -> dict[str, tuple[str, bool]]:
     """Names in the files of the adapted weights -> their maps, and whether they are kept transposed."""
     if getattr(model_config, "quantization_config", None) is not None:
-        raise UserError(f"the weights in {base} are quantised; give the model that they were made from, --base_model")
+        raise UserError(
+            f"the weights in {base} are quantised, and no update can be added to them; export --form lora, or give the "
+            "model that they were made from, --base_model"
+        )
     model = without_weights(model_config)
     keys = _keys(base, shards)
     tied = _tied(model)
