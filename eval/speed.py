@@ -4,12 +4,14 @@
     python eval/speed.py growth [--shape llama-256]
     python eval/speed.py data --model FOLDER --data_dir /data [--suite glue]
     python eval/speed.py scoring --model FOLDER --data_dir /data [--suite glue] [--tasks sst2,stsb]
+    python eval/speed.py inference [--shape llama-256,t5-256]
     python eval/speed.py checkpoint [--shape llama-512] [--rounds 5]
 
 step: training steps of every method and back-end over that of PEFT's LoRA (r = 8), on random weights. growth: MoRE's
 step over LoRA's as depth, width, rank, tasks, rows and length grow. data: tokens that a step computes, padded to 128,
-to the longest row, and grouped by length. scoring: closed answers by likelihood and by generation. checkpoint: how long
-a save of the whole model holds up training, when it is on the disk, how long a resume takes.
+to the longest row, and grouped by length. scoring: closed answers by likelihood and by generation. inference: a batch
+of several tasks through MoRE's table of ranks, over one LoRA that is not merged: reading prompts, and writing.
+checkpoint: how long a save of the whole model holds up training, when it is on the disk, how long a resume takes.
 
 Everything that is compared runs in every round, in random order; a ratio is that of two times of the same round, so
 that other jobs on the machine do not decide. Set OMP_NUM_THREADS where the machine is shared.
@@ -43,6 +45,7 @@ from more_ds.model import DTYPES, load_tokenizer, read_model_config
 from more_ds.run_folder import versions
 from more_ds.speed import plot
 from more_ds.speed.batches import count_tokens
+from more_ds.speed.inference import inference_speed
 from more_ds.speed.saving import FAR, sampler_seconds, save_cost
 from more_ds.speed.scoring import GENERATION, PUBLISHED, score_speed
 from more_ds.speed.shapes import SHAPES, find_shape
@@ -203,8 +206,25 @@ def _checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _inference(arguments: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for shape in arguments.shape.split(","):
+        parts = inference_speed(_setting(arguments, shape), rounds=arguments.rounds)
+        log.say(f"\n{shape}, {_where(arguments)}: generation over that of {REFERENCE}, {arguments.rounds} rounds")
+        rows = [[name, *(str(ratios[name]) for ratios in parts.values())] for name in parts["prefill"]]
+        log.say(log.table(["variant", *parts], rows))
+        found[shape] = {part: {name: asdict(r) for name, r in ratios.items()} for part, ratios in parts.items()}
+        if arguments.output:
+            Path(arguments.output).mkdir(parents=True, exist_ok=True)
+            for part, ratios in parts.items():
+                path = Path(arguments.output) / f"inference-{part}-{shape}.svg"
+                plot.bars(path, f"{part}, {shape}, {_where(arguments)}", ratios)
+    return found
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "step": _steps, "growth": _growth, "data": _data, "scoring": _scoring, "checkpoint": _checkpoint,
+    "step": _steps, "growth": _growth, "data": _data, "scoring": _scoring, "inference": _inference,
+    "checkpoint": _checkpoint,
 }  # fmt: skip
 
 
@@ -234,7 +254,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("part", choices=sorted(PARTS), help="what to measure")
-    add("--shape", default="llama-256,t5-256", help=f"step, growth: {', '.join(SHAPES)}, or llama2-7b and the like")
+    add(
+        "--shape",
+        default="llama-256,t5-256",
+        help=f"step, growth, inference: {', '.join(SHAPES)}, or llama2-7b and the like",
+    )
     add("--variants", default="", help="step: which; default: all")
     add("--compile", action="store_true", help="step: through torch.compile, all variants alike")
     add("--dropout", type=float, default=0.0, help="step, growth: of all methods that have one")

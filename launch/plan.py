@@ -63,13 +63,15 @@ def plan(arguments: Namespace, flags: dict[str, Any]) -> None:
     config = cli.merged(recipe, flags, f"recipe '{arguments.recipe}'")
     require_divisible(arguments.gpus, arguments.nodes)
     cluster = Cluster(find_gpu(arguments.gpu), arguments.gpus, arguments.nodes)
-    ds_paths = [arguments.ds_config] if arguments.ds_config else shipped()
+    ds_paths = [arguments.ds_config] if arguments.ds_config else shipped(config.optim)
     subject = Subject(config, arguments.prompt_tokens, arguments.answer_tokens)
     found = candidates(subject, cluster, ds_paths)
     chosen = best(found)
     if chosen is None:
         raise UserError(
-            report.refusal(arguments.recipe, config, cluster, found, nearest(subject, cluster, ds_paths or shipped()))
+            report.refusal(
+                arguments.recipe, config, cluster, found, nearest(subject, cluster, ds_paths or shipped(config.optim))
+            )
         )
     whole = report.job(subject, cluster, chosen, arguments.rows)
     log.say(report.text(arguments.recipe, subject, cluster, found, chosen, whole))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from more_ds import checkpoint, cli, log, plan, report
+from more_ds import checkpoint, cli, log, memory_use, plan, report
 from more_ds.agreement import check_ranks, fingerprint
 from more_ds.checkpoint_files import read_state
 from more_ds.config import read_recipe
@@ -132,6 +132,9 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
         check_one_row(text_model, [example for examples in the_plan.train for example in examples[:2]])
     run = Run(the_plan, ranks, folder, text_model, stop)
     checkpoint.adapter_tensors(engine)  # what could not be saved later is refused now
+    memory = memory_use.by_rank(ranks, engine.module)
+    held, kept = (memory_use.words(memory, kind) for kind in ("held", "parameters"))
+    log.say(f"memory  {held} {memory_use.where()}, {kept} of it parameters\n")
     return run
 
 
@@ -193,6 +196,8 @@ def loop(run: Run) -> None:
             if stops or evaluates or saves or state.step % config.logging_steps == 0:
                 row = ledger.close()
                 note = f"loss {row['loss_lm']:.3f}"
+                memory = memory_use.by_rank(run.ranks, run.engine.module)
+                row |= {"peak_memory_gb": max(memory["peak"]), "memory_gb": memory}
                 run.log({"learning_rate": rate, "grad_norm": None if norm is None else float(norm), **row})
             bar.advance(1, note)
             if stops:

@@ -37,7 +37,7 @@ from more_ds.checkpoint_files import (
 from more_ds.collective import on_rank_zero
 from more_ds.engine import gathered
 from more_ds.errors import UserError
-from more_ds.optimizer_state import MASTER, MOMENTS, NamedState, loss_scale, set_loss_scale
+from more_ds.optimizer_state import MASTER, NamedState, loss_scale, set_loss_scale
 from more_ds.snapshot import Snapshot, check_finite, check_tensors
 from more_ds.trained import Trained, find_trained
 
@@ -105,7 +105,7 @@ def take(engine: Any, step: int, state: Mapping[str, Any]) -> Snapshot:
     trained = find_trained(engine.module)
     numbers = NamedState(engine, trained.parameters)
     whole = _tensors(trained, numbers)
-    moments = {f"{kind}.{name}": value for kind in MOMENTS for name, value in numbers.gather(kind).items()}
+    moments = {f"{kind}.{name}": value for kind in numbers.moments for name, value in numbers.gather(kind).items()}
     moments |= {f"{ASIDE}.{name}": whole[name] for name in trained.aside}
     record = {
         "step": step,
@@ -159,23 +159,23 @@ def load(path: Path, engine: Any) -> dict[str, Any]:
 
     def read() -> dict[str, Any]:
         contents = read_folder(path)
-        shapes = {kind: numbers.shapes(kind) for kind in (MASTER, *MOMENTS)}
+        shapes = {kind: numbers.shapes(kind) for kind in (MASTER, *numbers.moments)}
         live = shapes[MASTER] | {name: tuple(buffer.shape) for name, buffer in trained.buffers.items()}
         written = trained.written({name: torch.empty(shape, device="meta") for name, shape in live.items()})
         expected = {name: tuple(tensor.shape) for name, tensor in written.items()}
         values[MASTER] = _parse(contents[ADAPTER], expected, path / ADAPTER)
-        expected = {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in shapes[kind].items()}
+        expected = {f"{kind}.{name}": shape for kind in numbers.moments for name, shape in shapes[kind].items()}
         expected |= {f"{ASIDE}.{name}": live[name] for name in trained.aside}
         beside = _parse(contents[OPTIMIZER], expected, path / OPTIMIZER)
         values[MASTER] |= {name: beside[f"{ASIDE}.{name}"] for name in trained.aside}
-        for kind in MOMENTS:
+        for kind in numbers.moments:
             values[kind] = {name: beside[f"{kind}.{name}"] for name in shapes[kind]}
         return json.loads(contents[STATE])
 
     record = on_rank_zero(read, engine.device, f"the checkpoint {path} cannot be read")
     numbers.set_step(record["optimizer"]["step"])
     set_loss_scale(engine.optimizer, record["optimizer"]["loss_scale"])
-    for kind in (MASTER, *MOMENTS):
+    for kind in (MASTER, *numbers.moments):
         numbers.set(kind, values.get(kind))
     _set_buffers(trained, values.get(MASTER), engine.device)
     # DeepSpeed's monitors count by these.
@@ -196,7 +196,7 @@ def restart(engine: Any, tensors: Mapping[str, Tensor]) -> None:
     numbers = NamedState(engine, trained.parameters)
     numbers.set_step(0)
     numbers.set(MASTER, tensors)
-    for kind in MOMENTS:
+    for kind in numbers.moments:
         numbers.set(kind, {name: torch.zeros(shape) for name, shape in numbers.shapes(kind).items()})
     _set_buffers(trained, tensors, engine.device)
 

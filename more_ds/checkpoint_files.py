@@ -3,7 +3,8 @@
     step-00000100/
       adapter_model.safetensors   PEFT's layout and names, float32 master values
       adapter_config.json         PEFT's
-      optimizer.safetensors       `exp_avg.<name>` and `exp_avg_sq.<name>`, float32, whole tensors
+      optimizer.safetensors       `exp_avg.<name>` and `exp_avg_sq.<name>`, float32, whole tensors; of an optimizer in
+                                  8 bits also `exp_avg_scale.<name>` and `exp_avg_sq_scale.<name>`
       state.json                  what the run counts, and versions
       manifest.json               size and sha256 of the others
 

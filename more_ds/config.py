@@ -68,6 +68,9 @@ class RunConfig:
     gradient_accumulation_steps: int | None = _option(None, "micro-batches per step and rank")
     num_train_epochs: float = _option(5.0, "passes over the mixture; one is as many samples as all tasks have rows")
     max_steps: int | None = _option(None, "optimizer steps, instead of epochs")
+    optim: Literal["adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = _option(
+        "adamw_torch", "AdamW of torch or of bitsandbytes, with moments in 8 bits, or in memory shared with the host"
+    )
     learning_rate: float = _option(3e-4, "peak")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = _option("linear", "after the warm-up")
     warmup_steps: int = _option(500, "optimizer steps from 0 to the peak")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from more_ds import log
+from more_ds import log, optimizers
 from more_ds.config import RunConfig
 from more_ds.ds_config import zero_stage
 from more_ds.errors import TrainingError
@@ -136,15 +136,16 @@ def shard_while_loading(ds_config: dict[str, Any]) -> Any:
 def start(model: nn.Module, config: RunConfig, ds_config: dict[str, Any], ranks: Ranks) -> Any:
     """The DeepSpeed engine around a model whose adapter is attached.
 
-    The optimizer is torch's AdamW over the trainable parameters, biases without decay; empty groups are left out,
-    because ZeRO drops them and then counts wrong.
+    The optimizer moves the trainable parameters, biases without decay; empty groups are left out, because ZeRO drops
+    them and then counts wrong.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in trainable if not name.endswith("bias")], "weight_decay": config.weight_decay},
         {"params": [p for name, p in trainable if name.endswith("bias")], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
+    optimizer = optimizers.make(
+        config.optim,
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),

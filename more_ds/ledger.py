@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -100,7 +99,6 @@ class Ledger:
             "tokens_per_second": round(tokens / seconds, 1),
             "padding": round(1 - tokens / max(computed, 1), 4),
             "examples_per_second": round(examples / seconds, 2),
-            "peak_memory_gb": round(peak_memory_gb(), 3),
         }
 
     def _refuse_non_finite(self, losses: Tensor) -> None:
@@ -131,10 +129,3 @@ class Ledger:
         self._notes: list[tuple[int, MicroBatch]] = []
         self._norms: list[tuple[int, Tensor]] = []
         self._began = time.monotonic()
-
-
-def peak_memory_gb() -> float:
-    """Most memory this process has held: on the GPU if there is one, else resident, in GB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

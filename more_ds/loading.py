@@ -20,6 +20,7 @@ from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG
 from more_ds.data.encoding import Encoder
 from more_ds.errors import UserError
 from more_ds.model import check_model, load_base, load_tokenizer, read_model_config
+from more_ds.quantised import check_quantised
 from more_ds.tasks import resolve_tasks
 from more_ds.text_model import TextModel
 from more_ds.trained import find_trained
@@ -136,6 +137,7 @@ def load_text_model(
         room = getattr(config, "max_position_embeddings", None) or SOURCE_LENGTH + further
         max_source_length = max(1, min(SOURCE_LENGTH, room - further))
     check_model(config, dtype, max_source_length + further)
+    check_quantised(config, recorded.get("quantization", "none"), dtype=dtype, on_gpu=device.startswith("cuda"))
     tokenizer = load_tokenizer(subject.base, revision=revision)
     encoder = Encoder(
         tokenizer,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from more_ds.errors import TrainingError, UserError
+from more_ds.optimizers import moments_of
 
 MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What DeepSpeed's dynamic loss scalers count."""
 
@@ -43,18 +44,26 @@ class Slice:
     size: int
     replicated: bool
 
+    @property
+    def part(self) -> slice:
+        """Where they are in `owner`, flattened."""
+        return slice(self.offset, self.offset + self.size)
+
 
 class NamedState:
     """Master values and Adam's moments of some parameters of an engine, whole and by name.
 
     All methods but `shapes`, `step` and `set_step` are collective: every rank calls them, in the same order.
+
+    Attributes:
+        moments: the kinds of numbers that the optimizer keeps, in the order in which they are to be set.
     """
 
     def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Find where the numbers of `parameters` lie.
 
         Args:
-            engine: a DeepSpeed engine whose optimizer is torch's AdamW.
+            engine: a DeepSpeed engine with an optimizer of `more_ds.optimizers`.
             parameters: by name, the same on every rank; those that are not trained have a value and no moments.
 
         Raises:
@@ -62,7 +71,8 @@ class NamedState:
         """
         _refuse_unreadable(engine)
         self._engine, self._parameters = engine, dict(parameters)
-        self._torch_optimizer = engine.basic_optimizer
+        self._moments = moments_of(engine.basic_optimizer)
+        self.moments = self._moments.kinds
         copies = _float32_copies(engine.optimizer)
         self._slices = {name: _locate(engine, p, copies.get(id(p), p)) for name, p in self._parameters.items()}
         self._check_coverage()
@@ -80,16 +90,17 @@ class NamedState:
         """Whole float32 tensors on the CPU of every rank, exact to the bit.
 
         Args:
-            kind: `master`, `exp_avg` or `exp_avg_sq` (zero before the first step).
+            kind: `master`, or one of `moments` (zero before the first step).
         """
         buffer = torch.zeros(self._size(kind), dtype=torch.float32, device=self._engine.device)
+        values_of = cache(partial(self._values, kind=kind))
         for name, whole in self._split(buffer, kind):
             place = self._slices[name]
             if place is None or (place.replicated and dist.get_rank() != 0):
                 continue
-            values = self._values(place, kind)
+            values = values_of(place.owner)
             if values is not None:
-                whole.view(-1)[place.start : place.start + place.size].copy_(values)
+                whole.view(-1)[place.start : place.start + place.size].copy_(values[place.part])
         # One rank has an element's bits and the others zero: their sum as integers is exact, also for -0.0 and NaN.
         dist.all_reduce(buffer.view(torch.int32))
         return dict(self._split(buffer.cpu(), kind))
@@ -99,7 +110,7 @@ class NamedState:
         """Give the parameters new numbers; with `master`, also the values that the model computes with.
 
         Args:
-            kind: as for `gather`; moments need `set_step` before.
+            kind: as for `gather`; moments need `set_step` before, and are set in the order of `moments`.
             values: whole tensors by name, read on rank 0 alone.
         """
         buffer = torch.empty(self._size(kind), dtype=torch.float32, device=self._engine.device)
@@ -110,14 +121,19 @@ class NamedState:
         partitioned = kind == MASTER and hasattr(self._engine.optimizer, "checkpoint_event_prologue")
         if partitioned and self._engine.zero_optimization_stage() == 3:
             self._engine.optimizer.checkpoint_event_prologue()  # what is whole on each rank would outlive the change
+        changed: dict[Tensor, Tensor] = {}
         for name, whole in self._split(buffer, kind):
             place = self._slices[name]
             if place is not None:
-                target = self._values(place, kind)
-                assert target is not None
-                target.copy_(whole.reshape(-1)[place.start : place.start + place.size])
+                if place.owner not in changed:
+                    changed[place.owner] = self._values(place.owner, kind)
+                part = whole.reshape(-1)[place.start : place.start + place.size]
+                changed[place.owner][place.part].copy_(part)
             if kind == MASTER:
                 _publish(self._parameters[name], whole, place)
+        if kind != MASTER:
+            for owner, values_of_owner in changed.items():
+                self._moments.write(owner, kind, values_of_owner)
         if partitioned and self._engine.zero_optimization_stage() == 3:
             self._engine.optimizer.checkpoint_event_epilogue()
 
@@ -127,7 +143,7 @@ class NamedState:
         Raises:
             TrainingError: parameters disagree, because some had no gradient in some steps.
         """
-        steps = {int(state["step"]) if "step" in state else 0 for state in map(self._adam, self._owners())}
+        steps = {self._moments.step(owner) for owner in self._owners()}
         if len(steps) != 1:
             raise TrainingError(f"parameters have taken {sorted(steps)} optimizer steps; every one needs a gradient")
         return steps.pop()
@@ -135,12 +151,7 @@ class NamedState:
     def set_step(self, step: int) -> None:
         """Set the number of steps that Adam counts, and make room for the moments where there is none yet."""
         for owner in self._owners():
-            state = self._torch_optimizer.state[owner]
-            if "step" not in state:
-                on_device = self._torch_optimizer.param_groups[0].get("fused")
-                state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device if on_device else "cpu")
-                state.update({kind: torch.zeros_like(owner, requires_grad=False) for kind in MOMENTS})
-            state["step"].fill_(step)
+            self._moments.begin(owner, step)
 
     def _size(self, kind: str) -> int:
         return sum(torch.Size(shape).numel() for shape in self.shapes(kind).values())
@@ -151,18 +162,14 @@ class NamedState:
         parts = buffer.split([torch.Size(shape).numel() for shape in shapes.values()])
         return [(name, part.view(shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)]
 
-    def _values(self, place: Slice, kind: str) -> Tensor | None:
-        whole = place.owner if kind == MASTER else self._adam(place.owner).get(kind)
-        return None if whole is None else whole.detach().view(-1)[place.offset : place.offset + place.size]
-
-    def _adam(self, owner: Tensor) -> dict[str, Tensor]:
-        return self._torch_optimizer.state.get(owner, {})
+    def _values(self, owner: Tensor, kind: str) -> Any:
+        return owner.detach().view(-1) if kind == MASTER else self._moments.read(owner, kind)
 
     def _owners(self) -> list[Tensor]:
         """All tensors that the optimizer steps; ZeRO-3 hands them to it only while it does."""
         if self._engine.zero_optimization_stage() == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [p for group in self._torch_optimizer.param_groups for p in group["params"]]
+        return [p for group in self._engine.basic_optimizer.param_groups for p in group["params"]]
 
     def _check_coverage(self) -> None:
         """Refuse a layout in which the ranks' slices do not make up whole parameters: holes would be read as zeros."""

@@ -33,7 +33,16 @@ from more_ds.model import (
     read_model_config,
     without_weights,
 )
-from more_ds.plan_checks import check_row, check_start, check_targets, check_taught, check_vocabulary, check_weights
+from more_ds.plan_checks import (
+    check_paged,
+    check_row,
+    check_start,
+    check_targets,
+    check_taught,
+    check_vocabulary,
+    check_weights,
+)
+from more_ds.quantised import check_quantised, quantiser
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
 
@@ -130,6 +139,7 @@ def make(
     if dtype == "fp16" and not on_gpu:
         raise UserError("fp16 needs a GPU; use --dtype bf16 or fp32")
     ds_config = resolve(ds_config_path, config, sizes, dtype)
+    check_paged(config.optim, ds_config, on_gpu)
     if config.gradient_cosine and zero_stage(ds_config) == 3:
         raise UserError(
             "--gradient_cosine needs whole parameters on each rank, not ZeRO-3; use a ds_config with ZeRO-2"
@@ -139,6 +149,8 @@ def make(
     check_given(config.method, {"init_adapter": config.init_adapter, **config.adapter})
     config = with_demo(config)
     model_config = read_model_config(config.model, revision=config.revision, trust_remote_code=trust_remote_code)
+    zero3 = zero_stage(ds_config) == 3
+    check_quantised(model_config, config.quantization, dtype=dtype, zero3=zero3, on_gpu=on_gpu)
     names = [task.name for task in tasks]
     check_start(config)
     options, fill = with_sources(config)
@@ -147,9 +159,9 @@ def make(
         config.method,
         gradient_checkpointing=config.gradient_checkpointing,
         encoder_decoder=model_config.is_encoder_decoder,
-        quantization=config.quantization != "none",
+        quantization=config.quantization != "none" or quantiser(model_config) is not None,
         fp16=dtype == "fp16",
-        zero3=zero_stage(ds_config) == 3,
+        zero3=zero3,
         padding_free=config.padding_free,
     )
     check_row(config, model_config)

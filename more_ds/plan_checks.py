@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from more_ds.compose.sources import identity
@@ -10,8 +10,19 @@ from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.errors import UserError, suggest
 from more_ds.loading import find_subject
+from more_ds.optimizers import is_paged
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
+
+
+def check_paged(optim: str, ds_config: Mapping[str, Any], on_gpu: bool) -> None:
+    """Refuse an optimizer that pages between the GPU and the host where its moments are the host's from the start."""
+    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+    offloads = offload.get("device", "none") != "none"
+    if is_paged(optim) and (offloads or not on_gpu):
+        why = "the ds_config keeps its state in host memory" if offloads else "there is none"
+        other = "adamw_bnb_8bit" if optim == "paged_adamw_8bit" else "adamw_torch"
+        raise UserError(f"{optim} makes room on a GPU, and {why}; use --optim {other}")
 
 
 def check_start(config: RunConfig) -> None:

@@ -27,17 +27,21 @@ def header(plan: Plan, ranks: Ranks, output: str) -> str:
     kinds = ", ".join(f"{name.removeprefix('more_')} {count:,}" for name, count in plan.trainable.items())
     trainable = sum(plan.trainable.values())
     maps = ", ".join(f"{count} {name}" for name, count in plan.maps.items())
+    quantized = "" if config.quantization == "none" else f", the base in {config.quantization}"
     lines = [
         ("method", f"{config.method}, {trainable:,} trainable ({kinds}), {plan.frozen:,} frozen"),
         ("maps", maps),
-        ("model", f"{config.model} ({plan.model_config.model_type}, {plan.dtype})"),
+        ("model", f"{config.model} ({plan.model_config.model_type}, {plan.dtype}{quantized})"),
         ("ranks", f"{where}, ZeRO-{plan.stage}"),
         (
             "batch",
             f"{sizes.total} examples a step = {sizes.world} ranks x {sizes.micro} x {sizes.accumulation} "
             f"accumulated; the loss is the mean over all label tokens of the step",
         ),
-        ("steps", f"{plan.total_steps:,} ({plan.epochs:.2f} epochs), evaluation every {plan.eval_steps:,}"),
+        (
+            "steps",
+            f"{plan.total_steps:,} ({plan.epochs:.2f} epochs), evaluation every {plan.eval_steps:,}; {config.optim}",
+        ),
         ("output", output),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from more_ds import checkpoint, log, report
+from more_ds import checkpoint, log, memory_use, report
 from more_ds.after_step import AfterStep
 from more_ds.background import Background
 from more_ds.checkpoint_files import base_identity, is_complete, name_of, newest_sound
@@ -244,6 +244,7 @@ class Run:
             log.say("\n" + report.rank_table(chosen, self.plan.task_names, before))
         if self.plan.encoder.num_cut:
             log.say("\n" + report.cut_prompts(self.plan.encoder))
+        log.say(f"\nmemory at the peak: {memory_use.at_peak(self.ranks, self.engine.module)}")
         what = "model" if isinstance(self.plan.adapter, FullConfig) else "adapter"
         log.say(
             f"\nbest {what} (step {state.best_step}): {folder.best}\nscore it again: python eval/run.py {folder.path}"

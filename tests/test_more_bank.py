@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from launch import train
 from more_ds import MoreConfig
 from more_ds.losses import contrastive_loss
 from more_ds.speed.counting import Kernels, kernels
-from more_ds.tuners.more import MoreLinear, expert_table
-from more_ds.tuners.more.functions import Choose, Contrast, GatedProduct, SharedInput
+from more_ds.tuners.more import MoreLinear, expert_table, groups
+from more_ds.tuners.more.functions import Choose, Contrast, GatedProduct, SharedInput, answer_few
 from more_ds.tuners.more.groups import grouped
 from more_ds.tuners.more.products import TORCH, triton_products
 
@@ -98,6 +99,33 @@ def test_maps_of_one_input(own_rows: bool, dropout: float, pools: bool, is_produ
     alone = torch.autograd.grad(run(gate, up, a, v, *bs)[1].sum(), (a, bs[1]), allow_unused=True)
     torch.testing.assert_close(alone[0][:2], torch.zeros(2, 4).double())
     assert alone[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 1, 4), (3, 2, 4)])
+@pytest.mark.parametrize("own_rows", [True, False])
+def test_maps_of_few_tokens(shape: tuple[int, ...], own_rows: bool) -> None:
+    x, a, v = torch.randn(shape).double(), leaf(4, 4), leaf(3 if own_rows else 1, 4)
+    ws, bs, biases = [leaf(5, 4), leaf(3, 4)], [leaf(5, 2), leaf(3, 2)], [leaf(5), None]
+    bases = [{"weight": w, "bias": bias} for w, bias in zip(ws, biases, strict=True)]
+    with torch.no_grad():
+        found = list(answer_few(x, a, v, bases, bs))
+        for i, (w, bias, b) in enumerate(zip(ws, biases, bs, strict=True)):
+            rows = v[:, 2 * i : 2 * i + 2].view(-1, *[1] * (len(shape) - 2), 2)
+            expected = x @ w.T + (0 if bias is None else bias) + ((x @ a[2 * i : 2 * i + 2].T) * rows) @ b.T
+            torch.testing.assert_close(found[i], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_few_tokens_are_computed_as_many_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(kind, tiny(kind), backend="fused").eval()
+    scramble(model)
+    found, inputs = [], prompts(kind)
+    with torch.no_grad(), mock.patch.object(groups, "answer_few", wraps=answer_few) as chosen:
+        for few in (0, 10**6):
+            monkeypatch.setattr(groups, "FEW", few)
+            found.append((model(**inputs).logits, chosen.call_count))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    assert found[1][1] > found[0][1] == 0
 
 
 def trained(kind: str, backend: str, base: nn.Module, **switches: Any) -> tuple[Any, dict[str, Tensor]]:

@@ -20,10 +20,12 @@ from toy_suite import toy_examples, write_toy
 from more_ds.data.tokens import Tokens
 from more_ds.speed.batches import count_tokens
 from more_ds.speed.counting import kernels, peak_bytes
+from more_ds.speed.inference import BASE, MIXED, work
+from more_ds.speed.inference import model_of as inference_model
 from more_ds.speed.rounds import compare
 from more_ds.speed.scoring import score_speed
 from more_ds.speed.shapes import SHAPES, build, find_shape
-from more_ds.speed.steps import REFERENCE, variants
+from more_ds.speed.steps import REFERENCE, Setting, variants
 from more_ds.tasks import load_suite
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +113,31 @@ def test_checkpoint(speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found["sampler, grouped by length"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"]
     assert run_ranks(lambda _: speed.main([*argv, "--device", "cuda"]), 1) == [2]
+
+
+def test_inference(speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, sizes in (
+        ("t5-256", {"d_model": 16, "d_ff": 32, "num_layers": 1}),
+        ("llama-256", {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}),
+    ):
+        monkeypatch.setitem(SHAPES, name, replace(SHAPES[name], config=SHAPES[name].config | sizes))
+    assert speed.main(["inference", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "inference.json").read_text())["inference"]
+    for parts in found.values():
+        assert set(parts) == {"prefill", "decode"}
+        assert set(parts["decode"]) == {REFERENCE, "base", "more, mixed tasks", "more, one task"}
+    assert (tmp_path / "inference-decode-t5-256.svg").is_file()
+
+
+@pytest.mark.parametrize("name", ["llama-256", "t5-256"])
+def test_a_step_of_decoding_sends_less_than_a_loras(name: str) -> None:
+    setting = Setting(SHAPES[name])
+    sent = {}
+    for variant in (REFERENCE, BASE, MIXED):
+        model = inference_model(setting, variant)
+        short, long = (kernels(work(setting, variant, model, 4, n)).sent for n in (1, 9))
+        sent[variant] = (long - short) / 8
+    assert sent[BASE] < sent[MIXED] < 0.8 * sent[REFERENCE]
 
 
 def test_bad_input(speed: Any, capsys: pytest.CaptureFixture[str]) -> None:

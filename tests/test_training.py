@@ -124,6 +124,11 @@ def test_two_ranks_on_different_tasks_equal_one_process(place: Path, one_process
     tasks = [len(row["tasks"]) for row in losses(output)]
     assert max(tasks) > 1, "no step had ranks on different tasks"
     assert_same_run(one_process, output)
+    whole, parts = (losses(run)[-1]["memory_gb"] for run in (one_process, output))
+    assert [len(parts[kind]) for kind in ("held", "peak", "parameters")] == [2, 2, 2]
+    assert all(0 < parameters < peak for parameters, peak in zip(parts["parameters"], parts["peak"], strict=True))
+    share = sum(parts["parameters"]) / whole["parameters"][0]
+    assert share == pytest.approx(1.0 if stage == 3 else 2.0, rel=0.05)
 
 
 @pytest.mark.parametrize(

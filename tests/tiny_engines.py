@@ -21,7 +21,8 @@ from more_ds import MoreConfig
 from more_ds.config import RunConfig
 from more_ds.ds_config import batch_sizes, resolve
 from more_ds.engine import Ranks, set_learning_rate, start
-from more_ds.optimizer_state import MASTER, MOMENTS, NamedState
+from more_ds.optimizer_state import MASTER, NamedState
+from more_ds.optimizers import MOMENTS
 from more_ds.trained import find_trained
 from more_ds.tuners.more import MoreLinear
 
@@ -41,13 +42,13 @@ SETUPS = {
 }
 
 
-def engine(ranks: Ranks, setup: str, folder: Path, seed: int = 0, **adapter: Any) -> Any:
+def engine(ranks: Ranks, setup: str, folder: Path, seed: int = 0, optim: Any = "adamw_torch", **adapter: Any) -> Any:
     """A one-layer LLaMA with two adapted maps, whose sizes do not divide by two, in a DeepSpeed engine."""
     zero, dtype = SETUPS[setup], setup.split()[1]
     path = SHIPPED / zero if isinstance(zero, str) else folder / f"ds-{ranks.rank}.json"
     if not isinstance(zero, str):
         path.write_text(json.dumps({"zero_optimization": zero}))
-    config = RunConfig(train_batch_size=4, learning_rate=1e-2)
+    config = RunConfig(train_batch_size=4, learning_rate=1e-2, optim=optim)
     ds_config = resolve(str(path), config, batch_sizes(config, ranks.world), dtype)
     if setup == "zero0 bf16":
         ds_config.pop("data_types", None)  # DeepSpeed without ZeRO sums gradients in the model's type only
@@ -87,7 +88,7 @@ def train(module: Any, ranks: Ranks, steps: range) -> None:
 def numbers(module: Any) -> dict[str, str]:
     """A hash of the bytes of every master value and moment, and what else an optimizer counts."""
     state = NamedState(module, find_trained(module.module).parameters)
-    found = {f"{kind} {name}": t for kind in (MASTER, *MOMENTS) for name, t in state.gather(kind).items()}
+    found = {f"{kind} {name}": t for kind in (MASTER, *state.moments) for name, t in state.gather(kind).items()}
     return {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in found.items()} | {
         "step": str(state.step())
     }

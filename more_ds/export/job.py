@@ -28,6 +28,7 @@ from more_ds.text_model import TextModel
 
 Form = Literal["lora", "padded", "merged", "adapter"]
 REPORT = "export.json"
+_EIGHT_BITS = " (but 8 bits round the activations too)"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def _check_quantized(request: Request) -> None:
     if request.form == "merged" and how != "none" and request.quantized == "refuse":
         raise UserError(
             f"the adapter was trained on a {how} base; --quantized dequantize merges it into the weights as they were "
-            "in training (the same scores), --quantized original into the weights they were made from"
+            f"in training{_EIGHT_BITS if how == '8bit' else ' (the same scores)'}, --quantized original into the "
+            "weights they were made from"
         )
 
 
@@ -184,11 +186,12 @@ def _write_card(request: Request, adapter: Adapter, folder: Path, ranks: Mapping
 def _differences(request: Request, tasks: Mapping[str, int], root: Path) -> dict[str, float]:
     """How far the logits of every task's export are from those of the trained adapter, in float32."""
     log.say("comparing the export with the adapter ...")
-    text_model = _load(request.subject)
+    subject, is_exact = _reference(request)
+    text_model = _load(subject)
     expected = reference_logits(text_model, tasks)
     found: dict[str, float] = {}
     if request.form == "adapter":
-        exported = reference_logits(_load(replace(request.subject, adapter=root)), tasks)
+        exported = reference_logits(_load(replace(subject, adapter=root)), tasks)
         found = {name: float((exported[name] - expected[name]).abs().max()) for name in tasks}
     else:
         peft: Any = text_model.peft
@@ -201,9 +204,24 @@ def _differences(request: Request, tasks: Mapping[str, int], root: Path) -> dict
                 else lora_difference(base, folder, expected[name])
             )
     # A merged model in a type of its own, and a LoRA in a narrow one, are rounded: how far is told, and no mistake.
-    if request.dtype == "fp32" or (request.dtype is None and request.form != "merged"):
+    if is_exact and (request.dtype == "fp32" or (request.dtype is None and request.form != "merged")):
         refuse_different(found)
     return found
+
+
+def _reference(request: Request) -> tuple[Subject, bool]:
+    """What an export is compared with, and whether it must compute the same.
+
+    A base in 8 bits rounds its inputs too: the least change of one may flip a rounding, and moves the logits by more
+    than a mistake would. So adapters are compared on the base as it was before, and weights that are merged into such
+    a base differ as they must.
+    """
+    subject, form = request.subject, request.form
+    how = subject.run.get("quantization", "none")
+    keeps = request.quantized == "dequantize" if form == "merged" else how == "4bit"
+    if how == "none" or keeps:
+        return subject, how != "8bit"
+    return replace(subject, run={**subject.run, "quantization": "none"}), True
 
 
 def _load(subject: Subject) -> TextModel:

@@ -61,13 +61,14 @@ def write_merged(
         with safe_open(base / shard, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
+        dtypes = {k: (dtype if v.is_floating_point() else None) or v.dtype for k, v in tensors.items()}
         for key in seen.keys() & tensors.keys():
-            tensors[key] = seen[key]().to(tensors[key].dtype)
+            tensors[key] = seen[key]()
         for key, (name, transposed) in names.items():
             if key in tensors:
                 tensors[key] = _added(tensors[key], *left.pop(name), transposed=transposed)
-        if dtype is not None:
-            tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+        # Once, at the end: what was added up in float32 is not to go through a narrower type into a wider one.
+        tensors = {k: v.to(dtypes[k]) for k, v in tensors.items()}
         save_file(tensors, folder / shard, metadata=metadata or {"format": "pt"})
     if left:
         raise UserError(f"the files in {base} hold no weight of {sorted(left)[0]}; the model's index is out of date")
@@ -75,9 +76,9 @@ def write_merged(
 
 
 def _added(weight: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> Tensor:
-    """W + B A in float32, in the weight's own type; `transposed`: the file keeps it as (in, out)."""
+    """W + B A in float32; `transposed`: the file keeps W as (in, out)."""
     delta = b @ a
-    return (weight.float() + (delta.T if transposed else delta)).to(weight.dtype)
+    return weight.float() + (delta.T if transposed else delta)
 
 
 def _shards(base: Path) -> list[str]:
@@ -91,7 +92,10 @@ def _shards(base: Path) -> list[str]:
 def _tensor_names(base: Path, shards: list[str], factors: Factors, model_config: Any) -> dict[str, tuple[str, bool]]:
     """Names in the files of the adapted weights -> their maps, and whether they are kept transposed."""
     if getattr(model_config, "quantization_config", None) is not None:
-        raise UserError(f"the weights in {base} are quantised; give the model that they were made from, --base_model")
+        raise UserError(
+            f"the weights in {base} are quantised, and no update can be added to them; export --form lora, or give the "
+            "model that they were made from, --base_model"
+        )
     model = without_weights(model_config)
     keys = _keys(base, shards)
     tied = _tied(model)

@@ -17,10 +17,20 @@ from peft import PeftModel
 from torch import nn
 
 from more_ds.model import parameters_by_kind
+from more_ds.optimizers import BLOCK
 from more_ds.planner.trace import Workload, build
 
-ADAM_BYTES = 8
-"""Two moments in float32."""
+MOMENT_BYTES = {
+    "adamw_torch": 8.0,
+    "paged_adamw_32bit": 8.0,
+    "adamw_bnb_8bit": 2 + 2 * 4 / BLOCK,
+    "paged_adamw_8bit": 2 + 2 * 4 / BLOCK,
+}
+"""Of a trained value: two in float32, or two codes and two scales for each block. Paged ones are counted where they are
+as long as there is room: on the GPU."""
+
+LEAST_8BIT = 4096
+"""Values below which bitsandbytes leaves the moments of a tensor in float32."""
 
 MASTER_BYTES = 4
 """The value that the optimizer moves, in float32."""
@@ -73,6 +83,7 @@ class Setting:
         ranks_per_node: ranks that share a host's memory.
         quantization: of the frozen linear maps: `none`, `8bit`, `4bit`.
         on_gpu: whether there is a GPU, with a context and a caching allocator of its own.
+        optim: name of the optimizer.
     """
 
     ds_config: Mapping[str, Any]
@@ -80,6 +91,7 @@ class Setting:
     ranks_per_node: int = 1
     quantization: str = "none"
     on_gpu: bool = True
+    optim: str = "adamw_torch"
 
     @property
     def zero(self) -> Mapping[str, Any]:
@@ -181,11 +193,11 @@ def _whole(parameters: Inventory, workload: Workload, setting: Setting) -> dict[
         # Without ZeRO, float32 values are moved in place, others have a master copy whose gradient is float32 too.
         copies = 0 if workload.adapter_dtype == torch.float32 else MASTER_BYTES
         parts["gradients"] = count * (size + copies)
-        parts["optimizer"] = count * (ADAM_BYTES + copies)
+        parts["optimizer"] = count * copies + _moments(parameters, setting)
         parts["buckets"] = 0.0
     else:
         parts["gradients"] = count * (4.0 if setting.stage == 1 else 4.0 / world)
-        parts["optimizer"] = count * (MASTER_BYTES + ADAM_BYTES) / world
+        parts["optimizer"] = (count * MASTER_BYTES + _moments(parameters, setting)) / world
         parts["buckets"] = _bucket(setting, size)
     parts["gathers"] = _unpacked(parameters, workload, setting)
     return parts
@@ -205,10 +217,24 @@ def _partitioned(parameters: Inventory, workload: Workload, setting: Setting) ->
     return {
         "weights": (float(frozen.sum()) + count * size) / world + kept,
         "gradients": count * 4.0 / world,
-        "optimizer": count * (MASTER_BYTES + ADAM_BYTES) / world,
+        "optimizer": (count * MASTER_BYTES + _moments(parameters, setting)) / world,
         "buckets": _bucket(setting, size),
         "gathers": _gathered(parameters, workload, setting) + _unpacked(parameters, workload, setting),
     }
+
+
+def _moments(parameters: Inventory, setting: Setting) -> float:
+    """Bytes of the moments of all ranks. Without ZeRO every tensor has its own; else all lie end to end, in codes."""
+    each: Any = MOMENT_BYTES[setting.optim]
+    if setting.stage == 0:
+        each = np.where(parameters.trainable < LEAST_8BIT, MOMENT_BYTES["adamw_torch"], each)
+    return float((parameters.trainable * each).sum())
+
+
+def checkpoint_bytes(parameters: Inventory, optim: str) -> float:
+    """Bytes of a checkpoint: values and moments in float32, and of an optimizer in 8 bits a scale for each moment."""
+    in_codes = MOMENT_BYTES[optim] < MOMENT_BYTES["adamw_torch"]
+    return parameters.num_trainable * float(MASTER_BYTES + MOMENT_BYTES["adamw_torch"] * (2 if in_codes else 1))
 
 
 def _bucket(setting: Setting, size: int) -> float:

@@ -13,7 +13,7 @@ from more_ds import log
 from more_ds.config import RunConfig
 from more_ds.errors import UserError
 from more_ds.planner.hardware import ASSUMPTIONS, training_rows
-from more_ds.planner.memory import ADAM_BYTES, MASTER_BYTES
+from more_ds.planner.memory import checkpoint_bytes
 from more_ds.planner.search import Candidate, Cluster, Subject, tokens_per_step
 from more_ds.planner.timing import OVERLAP
 
@@ -46,7 +46,7 @@ def job(subject: Subject, cluster: Cluster, chosen: Candidate, rows: int | None)
         "tokens_per_second_per_gpu": tokens / seconds / cluster.gpus,
         "utilisation": chosen.flops / seconds / (cluster.gpus * cluster.gpu.tflops * 1e12),
         "kwh": hours * cluster.gpus * cluster.gpu.watts / 1000,
-        "checkpoint_bytes": subject.parameters.num_trainable * float(MASTER_BYTES + ADAM_BYTES),
+        "checkpoint_bytes": checkpoint_bytes(subject.parameters, config.optim),
     }
 
 

@@ -14,6 +14,8 @@ from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError
 from more_ds.methods import adapter_config, check_together
 from more_ds.model import DTYPES, check_model
+from more_ds.optimizers import is_paged
+from more_ds.plan_checks import check_paged
 from more_ds.planner.hardware import Gpu, model_config
 from more_ds.planner.memory import Inventory, Memory, Setting, inventory, states, unpacking_traffic, with_activations
 from more_ds.planner.timing import StepTime, compute_seconds, step_time
@@ -97,7 +99,8 @@ class Subject:
     def candidate(self, cluster: Cluster, ds_path: str, sizes: BatchSizes) -> Candidate:
         """Memory and time of one way to run it."""
         ds_config = resolve(ds_path, self.config, sizes, self.dtype)
-        setting = Setting(ds_config, cluster.gpus, cluster.per_node, self.config.quantization)
+        check_paged(self.config.optim, ds_config, on_gpu=True)
+        setting = Setting(ds_config, cluster.gpus, cluster.per_node, self.config.quantization, optim=self.config.optim)
         workload, tracer = self._traced(setting.stage)
         held = states(self.parameters, workload, setting)
         saved, peak = tracer.value(sizes.micro, lambda t: t.saved), tracer.peak(sizes.micro)
@@ -169,9 +172,10 @@ def best(found: Sequence[Candidate]) -> Candidate | None:
     return min(fitting, key=lambda candidate: candidate.time.seconds, default=None)
 
 
-def shipped() -> list[str]:
-    """The DeepSpeed configurations that come with the package."""
-    return [str(path) for path in sorted(DS_CONFIGS.glob("*.json"))]
+def shipped(optim: str = "adamw_torch") -> list[str]:
+    """The DeepSpeed configurations that come with the package and go with an optimizer."""
+    paths = sorted(DS_CONFIGS.glob("*.json"))
+    return [str(path) for path in paths if not (is_paged(optim) and "offload" in path.stem)]
 
 
 def nearest(subject: Subject, cluster: Cluster, ds_paths: Sequence[str]) -> str:

@@ -149,10 +149,12 @@ def add_to_base(layer: BaseTunerLayer, delta: Tensor, safe: bool) -> Any:
         safe: refuse a sum that is not finite, and leave the weight as it was.
 
     Raises:
-        ValueError: the weight is not whole on this rank (ZeRO-3), or `safe` and the sum is not finite.
+        ValueError: the weight is packed by a quantiser that has no way back (GPTQ, AWQ), it is not whole on this rank
+            (ZeRO-3), or `safe` and the sum is not finite.
     """
     base: Any = layer.get_base_layer()
     backend: Any = layer.quantization_backend
+    refuse_packed(base, backend)
     weight = base.weight
     if weight.numel() == 0:
         raise ValueError("the base weight is partitioned by ZeRO-3; merge the saved adapter in a process of its own")
@@ -167,6 +169,20 @@ def add_to_base(layer: BaseTunerLayer, delta: Tensor, safe: bool) -> Any:
     else:
         base.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=weight.requires_grad)
     return memory
+
+
+def refuse_packed(base: nn.Module, backend: Any) -> None:
+    """Refuse to merge into a map whose weight is packed by a quantiser that PEFT's `backend` knows no way back from.
+
+    Raises:
+        ValueError: it is.
+    """
+    weight = getattr(base, "weight", None)
+    if backend is None and not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        raise ValueError(
+            f"{type(base).__name__} keeps packed integers, which no update can be added to; leave the adapter as it "
+            "is, or export it as a LoRA (launch/export.py --form lora)"
+        )
 
 
 def restore_base(layer: Any, memory: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from more_ds.numerics import at_least_float32
+from more_ds.tuners.base import refuse_packed
 from more_ds.tuners.update import Update, UpdateConfig, UpdateLinear
 from more_ds.tuners.update_model import UpdateModel, register
 
@@ -42,6 +43,7 @@ class BitFitLinear(UpdateLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the sum of the biases into the base map, which may have had none."""
         base: Any = self.get_base_layer()
+        refuse_packed(base, self.quantization_backend)
         for name in adapter_names or self.active_adapters:
             if name in self.update and name not in self.merged_adapters:
                 self._memory.append(base.bias)

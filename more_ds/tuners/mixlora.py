@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -138,7 +139,8 @@ class MixLoraFFN(UpdateLayer):
         sizes = {name: _sizes(module) for name, module in maps.items()}
         self.configs[adapter_name] = config
         self.update[adapter_name] = Experts(config, sizes)
-        self._move_adapter_to_device_of_base_layer(adapter_name, device=next(self.base_layer.parameters()).device)
+        device = next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device  # GPTQ's are buffers
+        self._move_adapter_to_device_of_base_layer(adapter_name, device=device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from more_ds.tuners.base import register
+from more_ds.tuners.linear import is_linear
 from more_ds.tuners.routed import RoutedModel
 from more_ds.tuners.update import SHARED, SharedLayer, UpdateConfig, UpdateLayer, UpdateLinear
 
@@ -61,7 +61,7 @@ class UpdateModel(RoutedModel):
         self._put(layer, adapter_name, peft_config, parent, target_name, target)
 
     def _check_target(self, target: nn.Module, key: str, config: UpdateConfig) -> None:
-        if not isinstance(target, (nn.Linear, Conv1D)) and not hasattr(target, "in_features"):
+        if not is_linear(target):
             raise ValueError(
                 f"target module {key} is a {type(target).__name__}; {config.method} adapts linear maps only"
             )

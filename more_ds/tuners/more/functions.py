@@ -7,12 +7,13 @@ offered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812
 
 from more_ds.tuners.more.products import Products
 
@@ -123,6 +124,29 @@ class Contrast(torch.autograd.Function):
         to_unit = torch.zeros_like(unit).index_add_(0, owners, torch.bmm(to_logits, embeddings))
         to_z = (to_unit - unit * (to_unit * unit).sum(-1, keepdim=True)).div_(z_length.unsqueeze(2))
         return to_z, None, to_e, None, None
+
+
+def answer_few(
+    x: Tensor, a: Tensor, v: Tensor, bases: Sequence[Mapping[str, Any]], bs: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """What `SharedInput` computes, without a gradient and without dropout, for a batch of few tokens.
+
+    Args:
+        x: (batch, ..., in).
+        a: (maps * r, in).
+        v: (batch or 1, maps * r).
+        bases: `weight` (out, in) and `bias` (out,) or None of every map.
+        bs: their (out, r).
+
+    Returns:
+        (batch, ..., out) of every map.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    z = F.linear(flat, a)
+    z = z * v if v.shape[0] in (1, z.shape[0]) else (z.view(v.shape[0], -1, v.shape[1]) * v.unsqueeze(1)).view(z.shape)
+    for base, b, part in zip(bases, bs, z.split(bs[0].shape[1], dim=1), strict=True):
+        y = F.linear(flat, base["weight"], base["bias"])
+        yield y.addmm_(part, b.T).view(*x.shape[:-1], -1)
 
 
 class SharedInput(torch.autograd.Function):

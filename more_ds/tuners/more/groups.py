@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from more_ds.tuners.context import TaskContext, repeat_rows
-from more_ds.tuners.more.functions import GatedProduct, SharedInput
-from more_ds.tuners.more.products import Products
+from more_ds.tuners.more.functions import GatedProduct, SharedInput, answer_few
+from more_ds.tuners.more.products import TORCH, Products
 
 if TYPE_CHECKING:
     from more_ds.tuners.more.layer import MoreLinear
@@ -21,6 +21,9 @@ SHARED_INPUT = (
     ("wi_0", "wi_1"), ("w1", "w3"),
 )  # fmt: skip
 """Names of neighbouring maps that read one tensor, in the order in which models call them."""
+
+FEW = 64
+"""Tokens of a batch up to which a product with them as rows is the faster one: those of a step of decoding."""
 
 Part = Tensor | tuple[Tensor, Tensor]
 """The output of a map, or (A x) * v and B, which are still to be added to the base's output."""
@@ -73,6 +76,8 @@ class Group:
         bs = [_weight(module) for module in self._b]
         if products is not None and self._is_plain and self._may_pass_by(x, a):
             bases = [base._parameters for base in self._bases]
+            if products is TORCH and not torch.is_grad_enabled() and not first.training and not pools and _few(x):
+                return [*answer_few(x, a, v.to(a.dtype), bases, bs)], None
             parameters = [*(base["weight"] for base in bases), *(base["bias"] for base in bases), *bs]
             parts = list(SharedInput.apply(x, products, product, p, a, v.to(a.dtype), pooling, len(bs), *parameters))
             pooled = parts.pop() if pooling is not None else None
@@ -121,6 +126,10 @@ def grouped(layers: Sequence[MoreLinear]) -> list[list[MoreLinear]]:
         groups.append(alike)
         seen.update(member.key for member in alike)
     return groups
+
+
+def _few(x: Tensor) -> bool:
+    return x.numel() <= FEW * x.shape[-1]
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from more_ds.errors import suggest
 from more_ds.losses import contrastive_loss
 from more_ds.tuners.context import SOURCE, TARGET, repeat_rows
+from more_ds.tuners.linear import is_linear
 from more_ds.tuners.more.bank import Bank, Step
 from more_ds.tuners.more.config import MoreConfig
 from more_ds.tuners.more.feedforward import save_memory
@@ -50,7 +50,7 @@ class MoreModel(RoutedModel):
         if isinstance(target, MoreLinear):
             target.update_layer(adapter_name, peft_config)
             return
-        if not isinstance(target, (nn.Linear, Conv1D)) and not hasattr(target, "in_features"):
+        if not is_linear(target):
             raise ValueError(f"target module {current_key} is a {type(target).__name__}; MoRE adapts linear maps only")
         layer = MoreLinear(target, self.context, _role(current_key, self._is_encoder_decoder()), current_key)
         self._put(layer, adapter_name, peft_config, parent, target_name, target)

@@ -1,0 +1,58 @@
+"""Base models that come quantised, by GPTQ or AWQ: what they need, refused before their weights are read."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from more_ds.errors import UserError
+
+PACKAGES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",)}
+"""What transformers 5 and PEFT 0.21 load them with."""
+
+
+def quantiser(config: Any) -> str | None:
+    """What the weights of a Hugging Face configuration were quantised with: `gptq`, `awq`, ...; None: they were not."""
+    section = getattr(config, "quantization_config", None)
+    if section is None:
+        return None
+    method = section.get("quant_method") if isinstance(section, Mapping) else section.quant_method
+    return str(getattr(method, "value", method))
+
+
+def check_quantised(config: Any, quantization: str, *, dtype: str, zero3: bool = False, on_gpu: bool = False) -> None:
+    """Refuse what a base model that comes quantised cannot do.
+
+    Args:
+        config: its Hugging Face configuration.
+        quantization: what is asked for besides: `none`, `4bit` or `8bit`.
+        dtype: `fp32`, `bf16` or `fp16`.
+        zero3: whether the weights are to be sharded.
+        on_gpu: whether the model computes on a GPU.
+
+    Raises:
+        UserError: a package is missing, it is to be quantised twice, or it is to be sharded.
+    """
+    method = quantiser(config)
+    if method is None:
+        return
+    if quantization != "none":
+        raise UserError(
+            f"the model is quantised already, by {method}, and --quantization is {quantization}; leave it out"
+        )
+    if method not in PACKAGES:
+        return
+    missing = [name for name in PACKAGES[method] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"the model is quantised by {method}, which needs {' and '.join(missing)}: pip install "
+            f"{' '.join(missing)}; or give the model it was made from, with --quantization 4bit"
+        )
+    if zero3:
+        raise UserError(
+            f"the model is quantised by {method}: its packed integers are no parameters, so ZeRO-3 cannot shard them; "
+            "use ds_configs/zero2.json"
+        )
+    if method == "awq" and on_gpu and dtype != "fp16":
+        raise UserError(f"the model is quantised by awq, whose GPU kernels compute in fp16, not {dtype}; --dtype fp16")
