@@ -1,13 +1,14 @@
 """Put finished LoRAs together, and score what comes out.
 
     python launch/compose.py --loras runs/a runs/b runs/c --suite glue --tasks rte         MoLE: gates are trained
+    python launch/compose.py --method xlora --loras A B C --suite glue                     X-LoRA: a classifier is
     deepspeed launch/compose.py --loras A B C --ds_config ds_configs/zero2.json ...        the same on several ranks
     python launch/compose.py --method lorahub --loras A B C --suite glue --tasks rte --shots 5
     python launch/compose.py --method mask --loras RUN --only A,C --suite glue                a MoLE without the others
     python launch/compose.py --method ties --loras A B C --weights 0.5,0.25,0.25 --density 0.3 --suite glue
 
 A LoRA is a run, an adapter folder that PEFT reads, or FOLDER:TASK for a task of a MoRE; all are of one base model.
-MoLE is a run like those of launch/train.py, with its flags; `--adapter.level layer`, `--adapter.only [0,2]`.
+MoLE and X-LoRA are runs like those of launch/train.py, with its flags; `--adapter.level layer`, `--adapter.only [0,2]`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from more_ds.checkpoint_files import to_json, write_file
 from more_ds.compose.lorahub import few_shot_loss, search
 from more_ds.compose.masking import masked
 from more_ds.compose.merging import KINDS, merge
-from more_ds.compose.sources import Source, aligned, read_sources, weighted_sum
+from more_ds.compose.sources import OF_LORAS, Source, aligned, read_sources, weighted_sum
 from more_ds.config import RunConfig, convert, read_recipe
 from more_ds.data.rows import load_examples
 from more_ds.errors import UserError, suggest
@@ -45,7 +46,7 @@ from more_ds.stopping import Signals
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.text_model import TextModel
 
-METHODS = ("mole", "mask", "lorahub", *KINDS)
+METHODS = (*OF_LORAS, "mask", "lorahub", *KINDS)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    usage = "launch/compose.py --loras A B ... [--method mole|mask|lorahub|cat|linear|ties|dare] [--KEY VALUE ...]"
+    usage = (
+        "launch/compose.py --loras A B ... [--method mole|xlora|mask|lorahub|cat|linear|ties|dare] [--KEY VALUE ...]"
+    )
     parser = cli.config_parser(__doc__ or "", usage)
     add = parser.add_argument
     add("--loras", nargs="+", default=[], metavar="LORA", help="runs, adapter folders, or FOLDER:TASK")
@@ -79,9 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--density", type=float, default=0.5, help="share of the values that ties and dare keep")
     add("--shots", type=cli.positive, default=5, help="training examples of each task that lorahub looks at")
     add("--evaluations", type=cli.positive, default=40, help="weights that lorahub tries")
-    add("--ds_config", help="of mole: DeepSpeed configuration; default: ZeRO-0")
-    add("--resume", default="none", help="of mole: none, auto, or a checkpoint's folder")
-    add("--dry_run", action="store_true", help="of mole: print the plan and stop")
+    add("--ds_config", help="of mole, xlora: DeepSpeed configuration; default: ZeRO-0")
+    add("--resume", default="none", help="of mole, xlora: none, auto, or a checkpoint's folder")
+    add("--dry_run", action="store_true", help="of mole, xlora: print the plan and stop")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser
@@ -92,10 +95,10 @@ def _main(arguments: argparse.Namespace, flags: dict[str, Any], signals: Signals
     method = flags.pop("method", "mole")
     if method not in METHODS:
         raise UserError(f"--method {method} puts no LoRAs together{suggest(method, METHODS)}")
-    if method == "mole":
+    if method in OF_LORAS:
         read_sources(arguments.loras, None)  # what is wrong with them is said before a demo's backbone is built
         flags["adapter"] = {**flags.get("adapter", {}), "loras": arguments.loras}
-        return train.train(arguments, {**flags, "method": "mole"}, signals)
+        return train.train(arguments, {**flags, "method": method}, signals)
     _compose(_job(arguments, recipe, flags, method), arguments)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_ds import cli, log
+from more_ds.compose.sources import OF_LORAS
 from more_ds.config import RunConfig, read_recipe
 from more_ds.errors import PREEMPTED, PreemptedError, TrainingError, UserError
 from more_ds.methods import METHODS
@@ -82,7 +83,7 @@ def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Task]:
     tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
     if len(tasks) < 2:
         raise UserError(f"there is one task, {tasks[0].name}; train it with launch/train.py")
-    if arguments.sequential and (METHODS[config.method].routes_by_task or config.method in ("full", "mole")):
+    if arguments.sequential and (METHODS[config.method].routes_by_task or config.method in ("full", *OF_LORAS)):
         raise UserError(f"{config.method} does not go from task to task; take a method without tasks, e.g. lora")
     replace(config, tasks=[tasks[0].name])  # what a run of one task could not be is refused now
     return tasks

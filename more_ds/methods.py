@@ -36,6 +36,7 @@ from more_ds.tuners import (
     MultiLoraConfig,
     SMoRAConfig,
     SoRAConfig,
+    XLoraConfig,
 )
 
 
@@ -113,6 +114,18 @@ METHODS: dict[str, Method] = {
         needs={"loras": "the LoRAs that it mixes"},
         defaults={},
         refuses={"padding_free": "its gates weigh a row by its text, and a row then holds several examples"},
+    ),
+    "xlora": Method(
+        XLoraConfig,
+        "finished LoRAs, weighed by a classifier for every token",
+        "no",
+        derived=("ranks", "target_modules"),
+        needs={"loras": "the LoRAs that it mixes"},
+        defaults={},
+        refuses={
+            "encoder_decoder": "it weighs the tokens of one sequence; use --method mole",
+            "padding_free": "its classifier is known to be right with one example in a row only",
+        },
     ),
     "full": Method(
         FullConfig,

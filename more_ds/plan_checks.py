@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from more_ds.compose.sources import identity
+from more_ds.compose.sources import OF_LORAS, identity
 from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.errors import UserError, suggest
@@ -30,7 +30,7 @@ def check_start(config: RunConfig) -> None:
     if config.init_adapter is None:
         return
     subject = find_subject(config.init_adapter)
-    if subject.adapter is None or config.method in ("full", "mole"):
+    if subject.adapter is None or config.method in ("full", *OF_LORAS):
         what = f"{config.init_adapter} holds none" if subject.adapter is None else f"{config.method} has none"
         raise UserError(f"init_adapter names an adapter to start from, and {what}; leave it out")
     if identity(subject.base) != identity(config.model):

@@ -19,8 +19,8 @@ from more_ds.loading import Subject
 from more_ds.methods import METHODS, adapter_config
 from more_ds.tuners.context import TaskContext
 
-NAMES = sorted(METHODS.keys() - {"full", "mole"})
-"""All but full fine-tuning, which has no adapter, and MoLE, which needs some (`test_full.py`, `test_mole.py`)."""
+NAMES = sorted(METHODS.keys() - {"full", "mole", "xlora"})
+"""All but full fine-tuning, which has no adapter, and what is made of finished LoRAs."""
 TASKS = ["a", "b", "c"]
 SMALL: dict[str, dict[str, Any]] = {
     "moelora": {"r": 4, "experts": 2, "task_dim": 6, "lora_dropout": 0.0},

@@ -133,7 +133,7 @@ def test_the_written_text_is_what_the_scores_prefer() -> None:
 
 
 FAST = [("prompt_tuning", 2), ("sora", 3), ("moelora", 2)]
-ELSEWHERE = ("more", "full", "mole", "attempt", "spot", "adalora")
+ELSEWHERE = ("more", "full", "mole", "xlora", "attempt", "spot", "adalora")
 SLOW = [(m, stage) for m in METHODS for stage in (2, 3) if (m, stage) not in FAST and m not in ELSEWHERE]
 
 

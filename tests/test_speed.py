@@ -89,7 +89,7 @@ def test_steps(speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert speed.main(argv) == 0
     costs = json.loads((tmp_path / "step.json").read_text())["step"]["t5-256"]
     # What an encoder-decoder cannot have, and what is made of finished adapters.
-    assert set(variants()) - set(costs) <= {"prefix_tuning", "mole", "attempt", "spot", "more triton"}
+    assert set(variants()) - set(costs) <= {"prefix_tuning", "mole", "xlora", "attempt", "spot", "more triton"}
     assert costs["frozen base"]["trainable"] == 0
     assert costs["more fused"]["trainable"] == costs["more reference"]["trainable"]
     assert costs["more without gates"]["trainable"] == costs[REFERENCE]["trainable"]

@@ -19,6 +19,9 @@ from more_ds.loading import find_subject
 from more_ds.prompts import read_prompts
 from more_ds.tuners.attempt import AttemptConfig
 
+OF_LORAS = ("mole", "xlora")
+"""Methods that train how finished LoRAs are weighed."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -114,15 +117,15 @@ def aligned(sources: Sequence[Source]) -> list[Factors]:
 
 
 def with_sources(config: RunConfig) -> tuple[dict[str, Any], Callable[[Any], None] | None]:
-    """The options of a run's method and what fills its fresh adapter: MoLE's LoRAs, ATTEMPT's prompts, or None.
+    """The options of a run's method and what fills its fresh adapter: finished LoRAs, ATTEMPT's prompts, or None.
 
-    MoLE's options get the shapes of its LoRAs.
+    The options of MoLE and X-LoRA get the shapes of their LoRAs.
 
     Raises:
         UserError: what is named is not there, damaged, or of another base model.
     """
     options = dict(config.adapter)
-    if config.method == "mole" and options.get("loras"):
+    if config.method in OF_LORAS and options.get("loras"):
         names = _names(options["loras"])
         sources = read_sources(names, config.model)
         maps = sorted({name for source in sources for name in source.factors})
@@ -143,7 +146,7 @@ def _names(given: Any) -> list[str]:
 
 
 def _fill_loras(sources: Sequence[Source], model: Any) -> None:
-    """Put the LoRAs in their places in a fresh MoLE.
+    """Put the LoRAs in their places in a fresh adapter.
 
     Raises:
         UserError: one does not fit the model.

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig
 
 from more_ds.methods import adapter_config
@@ -63,7 +62,7 @@ def model_of(setting: Setting, name: str) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def work(setting: Setting, name: str, model: nn.Module, length: int, written: int) -> Callable[[], object]:
+def work(setting: Setting, name: str, model: Any, length: int, written: int) -> Callable[[], object]:
     """Writing `written` tokens after prompts of `length`, by a variant's model."""
     shape, draw = setting.shape, torch.Generator().manual_seed(1)
     ids = torch.randint(3, shape.config["vocab_size"], (shape.rows, length), generator=draw).to(setting.device)
@@ -75,4 +74,4 @@ def work(setting: Setting, name: str, model: nn.Module, length: int, written: in
         do_sample=False, min_new_tokens=written, max_new_tokens=written, use_cache=True, pad_token_id=0,
         eos_token_id=shape.config["eos_token_id"], decoder_start_token_id=0,
     )  # fmt: skip
-    return partial(model.generate, **inputs, generation_config=settings)  # type: ignore[arg-type, operator, misc]
+    return partial(model.generate, **inputs, generation_config=settings)

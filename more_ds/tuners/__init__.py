@@ -17,6 +17,7 @@ from more_ds.tuners.mtl_lora import MtlLoraConfig
 from more_ds.tuners.multilora import MultiLoraConfig
 from more_ds.tuners.smora import SMoRAConfig
 from more_ds.tuners.sora import SoRAConfig
+from more_ds.tuners.xlora import XLoraConfig
 
 __all__ = [
     "AttemptConfig",
@@ -35,4 +36,5 @@ __all__ = [
     "MultiLoraConfig",
     "SMoRAConfig",
     "SoRAConfig",
+    "XLoraConfig",
 ]

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -35,8 +35,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from more_ds.numerics import at_least_float32
 from more_ds.tuners.context import SOURCE, TARGET, repeat_rows
-from more_ds.tuners.update import Update, UpdateConfig, UpdateLinear
-from more_ds.tuners.update_model import UpdateModel, register
+from more_ds.tuners.loras import Loras, LorasModel
+from more_ds.tuners.update import UpdateConfig, UpdateLinear
+from more_ds.tuners.update_model import register
 
 Level = Literal["block", "layer", "matrix", "network"]
 BLOCK = re.compile(r".*?(?:^|\.)(?:layers|layer|blocks?|h|attentions)\.\d+(?=\.)")
@@ -53,48 +54,28 @@ def unit_of(key: str, level: Level) -> str:
     return found.group() if found else key
 
 
-class Mixture(Update):
+class Mixture(Loras):
     """The LoRAs of one map side by side, and its unit's gate if the map is the first of the unit.
 
     Attributes:
-        A: (sum of ranks, in).
-        B: (out, sum of ranks), with alpha / r in it.
         gate: W_g, (N, in); None in the other maps.
         log_temperature: (1,) log tau; likewise.
     """
 
-    A: Tensor
-    B: Tensor
-    owner: Tensor
     gate: nn.Parameter | None
     log_temperature: nn.Parameter | None
 
     def __init__(self, config: MoleConfig, in_features: int, out_features: int) -> None:
         """Make room for the LoRAs."""
         super().__init__(config, in_features, out_features)
-        total = sum(config.ranks)
-        self.register_buffer("A", torch.zeros(total, in_features))
-        self.register_buffer("B", torch.zeros(out_features, total))
-        owner = [i for i, rank in enumerate(config.ranks) for _ in range(rank)]
-        self.register_buffer("owner", torch.tensor(owner), persistent=False)
         self.register_parameter("gate", None)
         self.register_parameter("log_temperature", None)
-
-    def reset(self) -> None:
-        """Nothing: the LoRAs are put in, and the gate comes with its values."""
 
     def lead(self) -> None:
         """Take the unit's gate."""
         gate = F.normalize(torch.randn(len(self.config.ranks), self.in_features), dim=1)
         self.gate = nn.Parameter(0.01 * gate)
         self.log_temperature = nn.Parameter(torch.full((1,), math.log(self.config.temperature)))
-
-    @torch.no_grad()
-    def put(self, index: int, a: Tensor, b: Tensor) -> None:
-        """Put LoRA number `index` in its place: A, (rank, in), and B, (out, rank); a lower rank leaves zeros."""
-        start = sum(self.config.ranks[:index])
-        self.A[start : start + len(a)] = a.to(self.A)
-        self.B[:, start : start + len(a)] = b.to(self.B)
 
     def forward(self, x: Tensor, pooled: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The update, and the weights of the LoRAs.
@@ -110,9 +91,8 @@ class Mixture(Update):
         if weights is None:
             assert pooled is not None, "neither prompts nor weights"
             weights = self._weigh(pooled)
-        rows = repeat_rows(weights, len(x)).index_select(-1, self.owner).to(self.A.dtype)
-        hidden = F.linear(x, self.A) * rows.view(len(x), *[1] * (x.dim() - 2), -1)
-        return F.linear(hidden, self.B), weights
+        rows = repeat_rows(weights, len(x))
+        return self.weighed(x, rows.view(len(x), *[1] * (x.dim() - 2), -1)), weights
 
     def _weigh(self, pooled: Tensor) -> Tensor:
         assert self.gate is not None, "the map does not lead its unit"
@@ -203,7 +183,7 @@ class MoleLinear(UpdateLinear):
         return update
 
 
-class MoleModel(UpdateModel):
+class MoleModel(LorasModel):
     """A model with a mixture of finished LoRAs."""
 
     prefix = "mole_"
@@ -225,25 +205,6 @@ class MoleModel(UpdateModel):
                 layer._move_adapter_to_device_of_base_layer(adapter_name)
                 layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
-    def put(self, index: int, factors: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str = "default") -> None:
-        """Put LoRA number `index` in its place.
-
-        Args:
-            index: its number.
-            factors: A, (rank, in), and B, (out, rank), by the names of the maps; maps without them get no update.
-            adapter_name: PEFT's.
-
-        Raises:
-            ValueError: a map is not adapted, or of another shape.
-        """
-        layers = {layer.key: layer for layer in self._layers(adapter_name)}
-        for name, (a, b) in factors.items():
-            layer = layers.get(name)
-            if layer is None or (a.shape[1], b.shape[0]) != (layer.in_features, layer.out_features):
-                size = "not adapted" if layer is None else f"{layer.out_features} x {layer.in_features}"
-                raise ValueError(f"the LoRA's update of {name} is {b.shape[0]} x {a.shape[1]}, and the map is {size}")
-            layer.update[adapter_name].put(index, a, b)
-
     def use_loras(self, only: Sequence[int] | None, adapter_name: str = "default") -> None:
         """Use these LoRAs alone from now on, by their numbers, or all; the others' weights go to them.
 
@@ -254,9 +215,6 @@ class MoleModel(UpdateModel):
         for layer in self._layers(adapter_name):
             layer.configs[adapter_name].mask(only)
             layer.update[adapter_name].config.mask(only)
-
-    def _layers(self, adapter_name: str) -> list[MoleLinear]:
-        return [m for m in self.model.modules() if isinstance(m, MoleLinear) and adapter_name in m.update]
 
     def _auxiliary(self) -> Tensor | None:
         total = None
