@@ -1,6 +1,7 @@
 """Put finished LoRAs together, and score what comes out.
 
     python launch/compose.py --loras runs/a runs/b runs/c --suite glue --tasks rte         MoLE: gates are trained
+    python launch/compose.py --loras_of rte,mrpc,sst2 --suite glue --output_dir runs/mole  three LoRAs are trained first
     python launch/compose.py --method xlora --loras A B C --suite glue                     X-LoRA: a classifier is
     deepspeed launch/compose.py --loras A B C --ds_config ds_configs/zero2.json ...        the same on several ranks
     python launch/compose.py --method lorahub --loras A B C --suite glue --tasks rte --shots 5
@@ -8,6 +9,7 @@
     python launch/compose.py --method ties --loras A B C --weights 0.5,0.25,0.25 --density 0.3 --suite glue
 
 A LoRA is a run, an adapter folder that PEFT reads, or FOLDER:TASK for a task of a MoRE; all are of one base model.
+With `--loras_of` they lie in OUTPUT_DIR-loras (see launch/single.py); the same command goes on where it was stopped.
 MoLE and X-LoRA are runs like those of launch/train.py, with its flags; `--adapter.level layer`, `--adapter.only [0,2]`.
 """
 
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from launch import train
+from launch import single, train
 from more_ds import cli, log
 from more_ds.checkpoint_files import to_json, write_file
 from more_ds.compose.lorahub import few_shot_loss, search
@@ -76,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.config_parser(__doc__ or "", usage)
     add = parser.add_argument
     add("--loras", nargs="+", default=[], metavar="LORA", help="runs, adapter folders, or FOLDER:TASK")
+    add("--loras_of", default="", metavar="TASKS", help="train a LoRA for each of these tasks first, and take those")
+    add("--lora_recipe", default="demo", help="recipe of their training; other flags than --adapter hold for it too")
     add("--recipe", default="mole", help="recipe: a YAML file, or a name in launch/recipes")
     add("--only", default="", help="of mask: the LoRAs of the MoLE that stay, by name or number from 0")
     add("--weights", help="of the LoRAs, in merging: numbers with commas; default: 1 / N each")
@@ -95,11 +99,32 @@ def _main(arguments: argparse.Namespace, flags: dict[str, Any], signals: Signals
     method = flags.pop("method", "mole")
     if method not in METHODS:
         raise UserError(f"--method {method} puts no LoRAs together{suggest(method, METHODS)}")
+    if arguments.loras_of:
+        arguments.loras = _train_first(arguments, flags)
     if method in OF_LORAS:
         read_sources(arguments.loras, None)  # what is wrong with them is said before a demo's backbone is built
         flags["adapter"] = {**flags.get("adapter", {}), "loras": arguments.loras}
         return train.train(arguments, {**flags, "method": method}, signals)
     _compose(_job(arguments, recipe, flags, method), arguments)
+
+
+def _train_first(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> list[str]:
+    """Train a LoRA for each task of `--loras_of`; returns their folders."""
+    if arguments.loras or arguments.dry_run or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--loras_of trains in processes of its own: start it with python, without --loras and --dry_run; "
+            "or train with launch/single.py, and give --loras"
+        )
+    if "output_dir" not in flags:
+        raise UserError("the LoRAs of --loras_of need a place, beside that of what they become: --output_dir DIR")
+    folder, names = f"{flags['output_dir']}-loras", arguments.loras_of.split(",")
+    shared = [f"--{key}={flags[key]}" for key in flags if key not in ("adapter", "output_dir", "tasks", "test")]
+    own = {
+        "recipe": arguments.lora_recipe, "method": "lora", "tasks": arguments.loras_of, "test": "true",
+        "output_dir": folder,
+    }  # fmt: skip
+    single.train_each([*(f"--{key}={value}" for key, value in own.items()), *shared])
+    return [str(Path(folder) / name.split("/")[-1]) for name in names]
 
 
 def _job(arguments: argparse.Namespace, recipe: Mapping[str, Any], flags: dict[str, Any], method: str) -> _Job:

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,8 +38,7 @@ OWN = ("--launcher", "--output_dir", "--tasks")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     log.quiet_libraries()
-    given = list(sys.argv[1:] if argv is None else argv)
-    return cli.run(lambda: _main(*cli.parse(_parser(), given), given))
+    return cli.run(lambda: train_each(sys.argv[1:] if argv is None else argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _main(arguments: argparse.Namespace, flags: dict[str, Any], argv: Sequence[str]) -> None:
+def train_each(argv: Sequence[str]) -> None:
+    """Do what the command line says.
+
+    Raises:
+        UserError: a mistake in it.
+        PreemptedError: a run was stopped and saved.
+        TrainingError: a run failed.
+    """
+    arguments, flags = cli.parse(_parser(), argv)
     config = cli.merged(read_recipe(arguments.recipe), flags, f"recipe '{arguments.recipe}'")
     tasks = _check(arguments, config)
     folder, handed_on = Path(config.output_dir or ""), _handed_on(argv)

@@ -131,14 +131,14 @@ MONITORS = ("tensorboard", "wandb", "csv")
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The keys of a recipe: a YAML file, or the name of one in `launch/recipes`.
+    """The keys of a recipe: a YAML file, or the name of one in `launch/recipes` (`demo/ia3`: in a folder of it).
 
     Raises:
         UserError: no such file, or it does not hold keys and values.
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else RECIPES / f"{name}.yaml"
     if not path.is_file():
-        known = [p.stem for p in RECIPES.glob("*.yaml")]
+        known = [path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")]
         raise UserError(f"no recipe '{name}'{suggest(name, known)}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from distributed import run_ranks
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_methods_peft import place
+from test_single import commands
 from test_training import DS_CONFIGS, adapter, assert_same_run, zero_stage_file
 from tiny_models import base_model
 
@@ -21,7 +23,7 @@ from more_ds import MoreConfig
 from more_ds.compose.lorahub import PENALTY, search
 from more_ds.compose.sources import aligned, read_source, read_sources, weighted_sum
 
-__all__ = ["place"]
+__all__ = ["commands", "place"]
 
 LORAS = [
     ("a", 2, ["q_proj", "down_proj"]),
@@ -93,6 +95,26 @@ def test_two_ranks_equal_one_process(place: Path, loras: list[str], trained: Pat
     options = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
     both = mole(place, loras, tmp_path / "two", str(zero_stage_file(tmp_path, stage, **options)), 2)
     assert_same_run(trained, both)
+
+
+def test_one_command_trains_the_loras_and_mixes_them(
+    place: Path, tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = ["--recipe", str(place / "recipe.yaml"), "--lora_recipe", str(place / "recipe.yaml")]
+    own = ["--model", str(place / "llama"), "--eval_on_start", "false", "--output_dir", str(tmp_path / "mole")]
+    arguments = [*recipe, "--loras_of", "parity,copy", *own]
+    mixed: list[Any] = []
+    training = SimpleNamespace(train=lambda given, flags, signals: mixed.append((given.loras, flags)))
+    monkeypatch.setattr(compose, "train", training)
+    assert compose.main(arguments) == 0
+    loras = [str(tmp_path / "mole-loras" / name) for name in ("parity", "copy")]
+    assert [source.rank for source in read_sources(loras, None)] == [8, 8]
+    ((given, flags),) = mixed
+    assert given == loras == flags["adapter"]["loras"]
+    assert (flags["method"], flags["eval_on_start"]) == ("mole", "false")
+    count = len(commands)
+    assert compose.main(arguments) == 0
+    assert len(commands) == count, "what is finished is not trained again"
 
 
 def test_what_was_composed_is_scored_again(trained: Path, tmp_path: Path) -> None:
@@ -206,6 +228,7 @@ def test_lorahub_writes_a_lora_that_is_no_worse(
         (["--loras", "nowhere", "other"], "nowhere holds no adapter"),
         (["--loras", "nowhere"], "at least two"),
         (["--max_step", "1"], "did you mean"),
+        (["--loras_of", "parity,copy"], "without --loras"),
     ],
 )
 def test_a_mistake_is_one_line(

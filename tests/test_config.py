@@ -19,9 +19,11 @@ def parse(*argv: str) -> dict[str, object]:
     return cli.parse(cli.config_parser("test"), argv)[1]
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_a_configuration(path: Path) -> None:
-    build(read_recipe(path.stem), path.stem)
+    name = path.relative_to(RECIPES).with_suffix("").as_posix()
+    config = build(read_recipe(name), name)
+    assert path.parent == RECIPES or config.method == path.stem
 
 
 def test_the_defaults_are_the_papers() -> None:
