@@ -7,7 +7,7 @@ ifeq ($(wildcard /dev/nvidiactl),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: train test test-slow test-faults test-launcher test-slurm test-network test-catalogue lint types clean
+.PHONY: train test test-slow test-faults test-launcher test-slurm test-network test-catalogue test-recipes lint types clean
 
 train: $(VENV)/ready
 	$(BIN)/deepspeed -q launch/train.py --ds_config ds_configs/zero2.json
@@ -34,6 +34,10 @@ test-network: $(VENV)/ready
 
 test-catalogue: $(VENV)/ready
 	$(BIN)/python tests/machines/catalogue.py
+
+# Every method by its demo recipe, from beginning to end.
+test-recipes: $(VENV)/ready
+	$(BIN)/python tests/machines/recipes.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

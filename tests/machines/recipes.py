@@ -103,9 +103,8 @@ def main() -> int:
     rows = [[name, max(scores(place / name)[1:]) if said == "ok" else None] for name, said in verdicts.items()]
     print("\n" + log.table(["method", "best"], sorted(rows, key=lambda row: row[1] or 0)))
     worse = [name for name, best in rows if best is None or best <= untuned]
-    print(
-        f"untuned {untuned:.2f}: {len(rows) - len(worse)} of {len(rows)} methods are above; not: {', '.join(worse) or '-'}"
-    )
+    above = f"{len(rows) - len(worse)} of {len(rows)} methods are above"
+    print(f"untuned {untuned:.2f}: {above}; not: {', '.join(worse) or '-'}")
     return int(bool(worse))
 
 
