@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,16 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from more_ds.demo import DemoPaths, prepare, prepare_data
+from more_ds.demo.batches import DOCUMENTS, SORTED, batches, gaps, without_ends
 from more_ds.demo.cache import fingerprint
 from more_ds.demo.generate import HELD_OUT, TRAIN_ROWS, input_key, task_rows, write_tasks
 from more_ds.demo.lexicon import GLOSSARY, TRADES
-from more_ds.demo.spans import SpanCorruption
 from more_ds.demo.text import documents
-from more_ds.demo.tokenizer import train_tokenizer
+from more_ds.demo.tokenizer import SENTINELS, train_tokenizer
 from more_ds.errors import UserError
+from more_ds.pretrain.tokenizer import Kind
 from more_ds.tasks import load_suite, suite_path
 from more_ds.tasks.render import render
 
@@ -180,23 +182,52 @@ def test_tokenizer(kind: str, rows: dict, tmp_path: Path) -> None:
         assert tokenizer.decode(tokenizer(odd)["input_ids"], skip_special_tokens=True) == odd
 
 
-def test_span_corruption_hides_and_gives_back(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer("t5", [*islice(documents(1), 1500), *GLOSSARY], tmp_path)
-    corruption = SpanCorruption(tokenizer, seed=3, count=8)
-    sentinels = set(tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(32)]))
-    for text in islice(documents(2), 100):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        source, target = corruption.corrupt(ids)
-        gaps: dict[int, list[int]] = {}
-        for token in target:
-            if token in sentinels:
-                gaps[token] = last = []
-            else:
-                last.append(token)
-        restored = [piece for token in source for piece in gaps.get(token, [token])]
-        assert restored == ids
-        assert len(gaps) > 0
-        assert len(source) > len(gaps)
+def test_gaps_hide_something_and_never_all() -> None:
+    rng = random.Random(3)
+    for length in range(2, 60):
+        hidden = gaps(length, rng)
+        assert len(hidden) == length
+        assert 0 < sum(hidden) < length
+        assert not hidden[0], "a text begins with something to go on"
+
+
+def test_an_end_is_as_long_in_every_row_and_never_all() -> None:
+    rng = random.Random(3)
+    rows = [list(range(length)) for length in (4, 4, 5, 9)]
+    seen = set()
+    for _ in range(50):
+        pairs = without_ends(rows, rng)
+        assert [source + target for source, target in pairs] == rows
+        assert len({len(target) for _, target in pairs}) == 1
+        seen.add(len(pairs[0][1]))
+    assert seen == {1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_every_document_is_in_a_batch(kind: Kind, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(kind, [*islice(documents(1), 1500), *GLOSSARY], tmp_path)
+    stream, found = batches(kind, tokenizer, 2), []
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for batch in islice(stream, SORTED):
+        labels = batch["labels"].clamp_min(0).tolist() if kind == "t5" else [[]] * DOCUMENTS
+        found += [restored(tokenizer, *row, special) for row in zip(batch["input_ids"].tolist(), labels, strict=True)]
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in islice(documents(2), len(found))]
+    assert sorted(found) == sorted(texts)
+
+
+def restored(tokenizer: PreTrainedTokenizerBase, source: list[int], target: list[int], special: set) -> list[int]:
+    """The document that a row was made of."""
+    sentinels = set(tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(SENTINELS)])) - {None}
+    source, target = ([token for token in ids if token not in special] for ids in (source, target))
+    if not sentinels & set(target):
+        return source + target
+    hidden: dict[int, list[int]] = {}
+    for token in target:
+        if token in sentinels:
+            hidden[token] = last = []
+        else:
+            last.append(token)
+    return [piece for token in source for piece in hidden.get(token, [token])]
 
 
 def test_backbone_loads_and_is_reproducible(demo: DemoPaths, tmp_path: Path) -> None:
@@ -223,7 +254,7 @@ def test_t5_learns_to_fill_gaps(tmp_path: Path) -> None:
     lines = (paths.model_dir / "pretraining.log").read_text().splitlines()
     model = AutoModelForSeq2SeqLM.from_pretrained(paths.model_dir)
     tokenizer = AutoTokenizer.from_pretrained(paths.model_dir)
-    batch = next(SpanCorruption(tokenizer, seed=99, count=16).batches())
+    batch = next(batches("t5", tokenizer, seed=99))
     with torch.no_grad():
         loss = model(**batch).loss.item()
     assert lines
