@@ -22,16 +22,17 @@ DOCUMENTS = 32
 """Documents in a batch."""
 SORTED = 16
 """Batches whose documents are sorted by length together."""
-CONTINUED = 0.4
-"""Share of T5's batches in which the end of every document is to be written, not its gaps."""
+CONTINUED, MENDED = 0.3, 0.2
+"""Shares of T5's batches in which documents are to be continued, and mended; in the others, gaps are to be filled."""
 
 
 def batches(kind: Kind, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[Batch]:
     """Yield padded batches of documents without end.
 
     LLaMA's are documents between BOS and EOS, padded behind, where causal attention never looks: they need no mask.
-    T5's are pairs of texts, see `seq2seq_batch`, with gaps (Raffel et al., 2020) or with the end left out (the "LM
-    adaptation" of T5 1.1): gaps teach the encoder to compare sentences, ends are like the tasks' answers.
+    T5's are pairs of texts, see `seq2seq_batch`: with gaps (Raffel et al., 2020), with the end left out (the "LM
+    adaptation" of T5 1.1), or with faults (as BART's): gaps teach the encoder to compare sentences, ends are like the
+    tasks' answers, and faults say that the order of words matters.
 
     Args:
         kind: of the model.
@@ -46,10 +47,15 @@ def batches(kind: Kind, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterat
         if kind == "llama":
             inputs = pad_rows([[tokenizer.bos_token_id, *row, eos] for row in rows], pad)
             yield {"input_ids": inputs, "labels": inputs.masked_fill(inputs == pad, IGNORED)}
-        elif rng.random() < CONTINUED:
-            yield seq2seq_batch(without_ends(rows, rng), pad, eos)
+            continue
+        asked = rng.choices(("continue", "mend", "fill"), (CONTINUED, MENDED, 1 - CONTINUED - MENDED))[0]
+        if asked == "continue":
+            pairs = without_ends(rows, rng)
+        elif asked == "mend":
+            pairs = [(with_faults(row, rng), row) for row in rows]
         else:
-            yield seq2seq_batch([corrupt(row, gaps(len(row), rng), sentinels) for row in rows], pad, eos)
+            pairs = [corrupt(row, gaps(len(row), rng), sentinels) for row in rows]
+        yield seq2seq_batch(pairs, pad, eos)
 
 
 def without_ends(rows: Sequence[list[int]], rng: random.Random) -> list[tuple[list[int], list[int]]]:
@@ -57,6 +63,21 @@ def without_ends(rows: Sequence[list[int]], rng: random.Random) -> list[tuple[li
     shortest = min(map(len, rows))
     cut = rng.randrange(1, shortest) if rng.random() < 0.5 else min(rng.choice((3, 4, 5, 6, 7)), shortest - 1)
     return [(row[:-cut], row[-cut:]) for row in rows]
+
+
+def with_faults(row: Sequence[int], rng: random.Random) -> list[int]:
+    """Swap two neighbours, drop an id or say one twice, once for every ten ids; at least once."""
+    found = list(row)
+    for _ in range(max(1, len(row) // 10)):
+        at = rng.randrange(len(found) - 1)
+        fault = rng.choice(("swap", "drop", "twice"))
+        if fault == "swap":
+            found[at], found[at + 1] = found[at + 1], found[at]
+        elif fault == "drop":
+            del found[at]
+        else:
+            found.insert(at, found[at])
+    return found
 
 
 def gaps(length: int, rng: random.Random) -> list[bool]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 PACKAGES = ("slurm-wlm", "munge")
 CONF = """
 ClusterName=test
@@ -104,25 +106,17 @@ def start_node(folder: Path, node: str) -> None:
 
 
 def fail_node(folder: Path, node: str) -> None:
-    """Take a node away as a power cut does: its daemon, and all that it has started."""
-    daemon = int((folder / f"slurmd.{node}.pid").read_text())
-    os.kill(daemon, signal.SIGKILL)
-    for line in run("ps", "-eo", "pid,args").splitlines()[1:]:
-        pid, _, command = line.strip().partition(" ")
-        if f"SLURMD_NODENAME={node}".encode() in environment_of(int(pid)) and "pytest" not in command:
-            kill(int(pid))
-
-
-def environment_of(pid: int) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
-
-
-def kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    """Take a node away as a power cut does: its daemon, and all that it has started; none lives to tell of another."""
+    found = {psutil.Process(int((folder / f"slurmd.{node}.pid").read_text()))}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("SLURMD_NODENAME") == node:
+                steps = [parent for parent in process.parents() if parent.name().startswith("slurmstepd")]
+                found |= {process, *steps}
+    for act in (psutil.Process.suspend, psutil.Process.kill):
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                act(process)
 
 
 def stop(pid_file: Path) -> None:

@@ -21,7 +21,7 @@ from fault_runs import STEPS, make_place, outcome
 from launch import slurm as script_writer
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG = 40
+LONG = 60
 """Steps of a run that is to be hit in the middle."""
 
 
