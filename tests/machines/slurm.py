@@ -103,7 +103,7 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_same_bytes(place: Path, w
     wait(lambda: field(job, "Restarts") == "1", output, "restart")
     assert wait_for_end(job, output) == "COMPLETED", Path(f"{output}.log").read_text()
     log = Path(f"{output}.log").read_text()
-    assert "the step ended with exit code 75" in log
+    assert "stopped (SIGUSR1) and saved" in log  # srun may end another rank that is on its way out: 75 or 143
     assert "resumed from" in log
     assert result(output) == whole
 
