@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from launch import slurm as script_writer
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 60
 """Steps of a run that is to be hit in the middle."""
+REBOOT_SECONDS = 70
+"""A node that came back at once would still get the signals meant for the job that it had."""
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,7 @@ def test_a_job_whose_node_goes_away_is_requeued_and_goes_on(folder: Path, place:
     wait_for_step(output, 12)
     cluster.fail_node(folder, "n2")
     wait(lambda: field(job, "JobState") == "PENDING" or field(job, "Restarts") == "1", output, "requeue")
+    time.sleep(REBOOT_SECONDS)
     cluster.start_node(folder, "n2")
     assert wait_for_end(job, output) == "COMPLETED", Path(f"{output}.log").read_text()
     assert "resumed from" in Path(f"{output}.log").read_text()
