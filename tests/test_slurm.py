@@ -108,7 +108,7 @@ def test_the_scripts_are_bash(path: Path) -> None:
 
 
 COMMANDS = {
-    "srun": 'shift; echo $$ > "$FAKE/pid"; exec "$@"',
+    "srun": '[ "$1" != --overlap ] || exit "$DOWN"; shift; echo $$ > "$FAKE/pid"; exec "$@"',
     "scancel": 'echo "scancel $*"; kill -USR1 $(cat "$FAKE/pid")',
     "scontrol": 'echo "scontrol $*"',
 }
@@ -131,12 +131,32 @@ WAITING = 'trap "exit {code}" USR1; echo ready; for i in $(seq 100); do sleep 0.
 def test_a_job_comes_back_only_if_it_was_stopped(
     step: str, number: int | None, restarts: int, code: int, requeued: bool, tmp_path: Path
 ) -> None:
+    ended, printed = run_job(tmp_path, step, number, restarts)
+    assert ended == code, printed
+    assert ("scontrol requeue 7" in printed) == requeued
+    assert ("scancel --signal=USR1 7" in printed) == (number is not None)
+
+
+@pytest.mark.parametrize(
+    ("step", "down", "code", "requeued"),
+    [("exit 1", 0, 1, False), ("exit 143", 0, 143, False), ("exit 1", 1, 0, True), ("exit 0", 1, 0, False)],
+)
+def test_a_job_that_lost_a_node_comes_back(step: str, down: int, code: int, requeued: bool, tmp_path: Path) -> None:
+    ended, printed = run_job(tmp_path, step, SLURM_JOB_NUM_NODES="2", DOWN=str(down))
+    assert ended == code, printed
+    assert ("scontrol requeue 7" in printed) == ("a node does not answer" in printed) == requeued
+
+
+def run_job(
+    tmp_path: Path, step: str, number: int | None = None, restarts: int = 0, **variables: str
+) -> tuple[int, str]:
+    """A job's exit code and what it prints, where SLURM's commands do nothing."""
     for name, body in COMMANDS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "SLURM_JOB_ID": "7", "MAX_RESTARTS": "3",
-        "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(restarts),
+        "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(restarts), **variables,
     }  # fmt: skip
     script = f"set -eu; . {slurm.TEMPLATES / 'requeue.sh'}; run_step bash -c {shlex.quote(step)}"
     job = subprocess.Popen(["bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
@@ -147,6 +167,4 @@ def test_a_job_comes_back_only_if_it_was_stopped(
             printed += job.stdout.readline()
         job.send_signal(number)
     printed += job.stdout.read()
-    assert job.wait(20) == code, printed
-    assert ("scontrol requeue 7" in printed) == requeued
-    assert ("scancel --signal=USR1 7" in printed) == (number is not None)
+    return job.wait(20), printed
