@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +32,8 @@ SINGLE = ("entailment", "paraphrase", "multiple_choice")
 """Tasks whose LoRAs are mixed, and whose prompts are."""
 STARTS = {f"single-{method}-{task}": (method, task) for method in ("lora", "prompt_tuning") for task in SINGLE}
 """Name of a run that others start from -> its method and its task."""
+SOURCES = {"mole", "xlora", "spot", "attempt"}
+"""Methods that start from those."""
 LORAS = [f"single-lora-{task}" for task in SINGLE]
 PROMPTS = [f"single-prompt_tuning-{task}" for task in SINGLE]
 
@@ -65,10 +69,16 @@ def run(arguments: list[str], folder: Path) -> float:
     return time.monotonic() - began
 
 
-def scores(folder: Path) -> list[float]:
-    """Mean validation scores of a run, in percent, from the first evaluation on."""
+def scores(folder: Path) -> list[dict[str, float]]:
+    """A run's validation scores by task, in percent, from the first evaluation on."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record["mean_score"] for record in records if "mean_score" in record]
+    found = [record["evaluation"] for record in records if "evaluation" in record]
+    return [{task: next(iter(metrics.values())) for task, metrics in one.items()} for one in found]
+
+
+def mean(of: dict[str, float], tasks: Iterable[str] | None = None) -> float:
+    """The mean of some tasks' scores; default: of all."""
+    return statistics.fmean(of[task] for task in tasks or of)
 
 
 def start(name: str, place: Path) -> None:
@@ -86,8 +96,8 @@ def train(method: str, place: Path) -> str:
         verdict = f"ended with exit code {error.returncode}, see {place / method}.log"
         print(f"{method:14} {verdict}", flush=True)
         return verdict
-    first, *later = scores(place / method)
-    print(f"{method:14} {first:6.2f} at the start, {max(later):6.2f} at best, {seconds:4.0f} s", flush=True)
+    best = max(scores(place / method)[1:], key=mean)
+    print(f"{method:14} {len(best)} tasks, {mean(best):6.2f}, {seconds:4.0f} s", flush=True)
     return "ok"
 
 
@@ -97,14 +107,19 @@ def main() -> int:
     place = Path(os.environ.get("MORE_DS_RECIPES") or tempfile.mkdtemp(prefix="recipes-"))
     names = list(dict.fromkeys(["lora", *(sys.argv[1:] or METHODS)]))
     with ThreadPoolExecutor(cores()) as pool:
-        list(pool.map(lambda name: start(name, place), STARTS))
+        if not SOURCES.isdisjoint(names):
+            list(pool.map(lambda name: start(name, place), STARTS))
         verdicts = dict(zip(names, pool.map(lambda name: train(name, place), names), strict=True))
     untuned = scores(place / "lora")[0]  # LoRA starts as the backbone
-    rows = [[name, max(scores(place / name)[1:]) if said == "ok" else None] for name, said in verdicts.items()]
-    print("\n" + log.table(["method", "best"], sorted(rows, key=lambda row: row[1] or 0)))
-    worse = [name for name, best in rows if best is None or best <= untuned]
-    above = f"{len(rows) - len(worse)} of {len(rows)} methods are above"
-    print(f"untuned {untuned:.2f}: {above}; not: {', '.join(worse) or '-'}")
+    rows, worse = [], []
+    for name, verdict in verdicts.items():
+        best = max(scores(place / name)[1:], key=mean) if verdict == "ok" else {}
+        own = (mean(untuned, best), mean(best)) if best else (None, None)
+        rows.append([name, len(best), *own, verdict])
+        if not best or own[0] >= own[1]:
+            worse.append(name)
+    print("\n" + log.table(["method", "tasks", "untuned", "best", ""], rows))
+    print(f"{len(rows) - len(worse)} of {len(rows)} methods beat the untuned backbone; not: {', '.join(worse) or '-'}")
     return int(bool(worse))
 
 
