@@ -1,6 +1,6 @@
 """Every method by its demo recipe: does it beat the backbone that was not tuned?
 
-make test-recipes     prints a line for each; about half an hour on two cores
+make test-recipes     prints a line for each; about forty minutes on two cores
 
 A method's recipe is `launch/recipes/demo/<method>.yaml`, or the demo's own with `--method`. What a method starts from
 (LoRAs, prompts) is trained first, by the same recipes.
