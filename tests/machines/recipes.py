@@ -1,6 +1,7 @@
 """Every method by its demo recipe: does it beat the backbone that was not tuned?
 
-make test-recipes     prints a line for each; about forty minutes on two cores
+make test-recipes                              prints a line for each; about forty minutes on two cores
+MORE_DS_RECIPES=DIR make test-recipes          the same in a place of yours, where it goes on
 
 A method's recipe is `launch/recipes/demo/<method>.yaml`, or the demo's own with `--method`. What a method starts from
 (LoRAs, prompts) is trained first, by the same recipes.
@@ -63,7 +64,7 @@ def run(arguments: list[str], folder: Path) -> float:
     began = time.monotonic()
     with folder.with_suffix(".log").open("w") as printed:
         subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [sys.executable, *arguments, "--resume", "auto"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=printed, stderr=subprocess.STDOUT, check=True,
         )  # fmt: skip
     return time.monotonic() - began
