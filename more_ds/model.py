@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from more_ds.errors import UserError
 from more_ds.tuners.base import UPDATE
 from more_ds.tuners.full import FullConfig
-from more_ds.tuners.linear import is_linear, name_all_linear
+from more_ds.tuners.linear import is_linear, name_targets
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Name of a number format -> torch's."""
@@ -145,8 +145,8 @@ def attach(model: nn.Module, adapter: PeftConfig) -> nn.Module:
     """
     if isinstance(adapter, FullConfig):
         return model.requires_grad_(True)
-    name_all_linear(adapter, model)
     try:
+        name_targets(adapter, model)
         return get_peft_model(model, adapter)
     except (ValueError, TypeError) as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if is_linear(m)})

@@ -18,7 +18,7 @@ from more_ds.errors import UserError
 from more_ds.methods import METHODS, adapter_config
 from more_ds.model import attach
 from more_ds.quantised import check_quantised, quantiser
-from more_ds.tuners.linear import name_all_linear
+from more_ds.tuners.linear import name_targets
 
 IDS = torch.tensor([[2, 40, 41, 60, 61, 9], [2, 50, 11, 12, 13, 14]])
 OURS = [
@@ -120,10 +120,10 @@ def test_all_linear_is_the_quantised_maps_and_not_the_output() -> None:
     assert found[0] == found[1]
     assert len(found[0]) == 2 * 7
     config = LoraConfig(target_modules="all-linear")  # PEFT's own methods get the names too
-    name_all_linear(config, quantised())
+    name_targets(config, quantised())
     assert sorted(config.target_modules or ()) == found[0]
     plain = LoraConfig(target_modules="all-linear")
-    name_all_linear(plain, dequantised())
+    name_targets(plain, dequantised())
     assert plain.target_modules == "all-linear"
 
 

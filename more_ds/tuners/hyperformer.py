@@ -16,7 +16,6 @@ the sublayer's dropout comes after the adapter. The weights are written once a b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from more_ds.tuners.houlsby import OUTPUT_PROJECTIONS, USUAL
+from more_ds.tuners.linear import ATTENTION
 from more_ds.tuners.update import TasksConfig, Update, UpdateConfig
 from more_ds.tuners.update_model import UpdateModel, register
 
 HIDDEN = 128
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 class Written(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from more_ds.losses import IGNORED
 from more_ds.tuners.base import TASK_IDS
 from more_ds.tuners.context import TaskContext
-from more_ds.tuners.linear import name_all_linear
+from more_ds.tuners.linear import name_targets
 
 
 class RoutedModel(BaseTuner):
@@ -34,7 +34,9 @@ class RoutedModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.__dict__.setdefault("context", TaskContext())
-        name_all_linear(config, model)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        name_targets(peft_config, model)  # of every adapter, not of the first alone
 
     def _put(
         self, layer: Any, adapter_name: str, config: Any, parent: nn.Module, target_name: str, target: nn.Module

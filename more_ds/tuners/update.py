@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from more_ds.tuners.base import MergesByTask, check_task, peft_type
 from more_ds.tuners.context import TaskContext, repeat_rows
+from more_ds.tuners.linear import TARGETS
 
 SHARED = "shared_update"
 """The name under which the base model carries what all its adapted modules share."""
@@ -74,7 +75,8 @@ class UpdateConfig(PeftConfig):
     update_class: ClassVar[type[Update]]
 
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, a regular expression, or `all-linear`."}
+        default=None,
+        metadata={"help": TARGETS},
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or a regular expression."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})

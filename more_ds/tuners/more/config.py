@@ -8,6 +8,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from more_ds.tuners.base import peft_type
+from more_ds.tuners.linear import TARGETS
 
 CHOICES = {
     "gate": ("ste", "soft", "frozen", "table"),
@@ -82,7 +83,8 @@ class MoreConfig(PeftConfig):
         metadata={"help": "`all` maps (paper), or those of the `encoder` alone, as in the published code."},
     )
     target_modules: list[str] | str | None = field(
-        default="all-linear", metadata={"help": "Names, a regular expression, or `all-linear`."}
+        default="all-linear",
+        metadata={"help": TARGETS},
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or a regular expression."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
