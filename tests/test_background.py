@@ -28,6 +28,7 @@ def results(ranks: Ranks, folder: Path) -> tuple[list[object], list[str], bool]:
     background.start(work, "nothing")
     ranks.barrier()  # the ranks go on while the work has not ended
     before = [path.name for path in folder.iterdir()]
+    ranks.barrier()  # and all have looked before it does
     with pytest.raises(RuntimeError, match="one piece of work at a time"):
         background.start(work, "nothing")
     released.set()
