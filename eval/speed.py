@@ -70,9 +70,7 @@ def _main(argv: Sequence[str]) -> None:
         "settings": vars(arguments), "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "versions": versions(), arguments.part: PARTS[arguments.part](arguments),
     }  # fmt: skip
-    if arguments.output:
-        folder = Path(arguments.output)
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder := _folder(arguments):
         (folder / f"{arguments.part}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         log.say(f"written to {folder}")
 
@@ -104,10 +102,9 @@ def _steps(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, reason in missing.items():
             log.say(f"{name}: not with this model: {reason}")
         found[shape] = {name: cost.as_dict() for name, cost in costs.items()}
-        if arguments.output:
-            Path(arguments.output).mkdir(parents=True, exist_ok=True)
+        if folder := _folder(arguments):
             ratios = {name: cost.ratio for name, cost in costs.items()}
-            plot.bars(Path(arguments.output) / f"step-{shape}.svg", f"{shape}, {_where(arguments)}", ratios)
+            plot.bars(folder / f"step-{shape}.svg", f"{shape}, {_where(arguments)}", ratios)
     return found
 
 
@@ -119,9 +116,8 @@ def _growth(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = [[axis, value, str(ratio)] for axis, own in ratios.items() for value, ratio in own.items()]
         log.say(log.table(["what grows", "to", "time"], rows))
         found[shape] = {axis: {value: asdict(r) for value, r in own.items()} for axis, own in ratios.items()}
-        if arguments.output:
-            Path(arguments.output).mkdir(parents=True, exist_ok=True)
-            plot.lines(Path(arguments.output) / f"growth-{shape}.svg", f"{shape}, {_where(arguments)}", ratios)
+        if folder := _folder(arguments):
+            plot.lines(folder / f"growth-{shape}.svg", f"{shape}, {_where(arguments)}", ratios)
     return found
 
 
@@ -188,11 +184,9 @@ def _checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     ranks.connect()
     found: dict[str, Any] = {}
     rows = []
-    if arguments.output:
-        Path(arguments.output).mkdir(parents=True, exist_ok=True)
     for shape in arguments.shape.split(","):
-        with tempfile.TemporaryDirectory(dir=arguments.output) as folder:
-            cost = save_cost(find_shape(shape), _dtype(arguments), ranks, Path(folder), rounds=arguments.rounds)
+        with tempfile.TemporaryDirectory(dir=_folder(arguments)) as place:
+            cost = save_cost(find_shape(shape), _dtype(arguments), ranks, Path(place), rounds=arguments.rounds)
         rows.append([shape, cost.megabytes, cost.blocked, cost.written, cost.resume, cost.steps, *cost.lost])
         found[shape] = asdict(cost) | dict(zip(("lost_beside", "lost_waiting"), cost.lost, strict=True))
     log.say(
@@ -214,11 +208,9 @@ def _inference(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = [[name, *(str(ratios[name]) for ratios in parts.values())] for name in parts["prefill"]]
         log.say(log.table(["variant", *parts], rows))
         found[shape] = {part: {name: asdict(r) for name, r in ratios.items()} for part, ratios in parts.items()}
-        if arguments.output:
-            Path(arguments.output).mkdir(parents=True, exist_ok=True)
+        if folder := _folder(arguments):
             for part, ratios in parts.items():
-                path = Path(arguments.output) / f"inference-{part}-{shape}.svg"
-                plot.bars(path, f"{part}, {shape}, {_where(arguments)}", ratios)
+                plot.bars(folder / f"inference-{part}-{shape}.svg", f"{part}, {shape}, {_where(arguments)}", ratios)
     return found
 
 
@@ -234,6 +226,14 @@ def _setting(arguments: argparse.Namespace, shape: str) -> Setting:
 
 def _dtype(arguments: argparse.Namespace) -> str:
     return arguments.dtype or ("bf16" if arguments.device.startswith("cuda") else "fp32")
+
+
+def _folder(arguments: argparse.Namespace) -> Path | None:
+    """The folder of `--output`, which is there from then on."""
+    folder = Path(arguments.output) if arguments.output else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _where(arguments: argparse.Namespace) -> str:

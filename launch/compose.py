@@ -100,6 +100,7 @@ def _main(arguments: argparse.Namespace, flags: dict[str, Any], signals: Signals
     if method not in METHODS:
         raise UserError(f"--method {method} puts no LoRAs together{suggest(method, METHODS)}")
     if arguments.loras_of:
+        _check_before_training(arguments, flags, method)
         arguments.loras = _train_first(arguments, flags)
     if method in OF_LORAS:
         read_sources(arguments.loras, None)  # what is wrong with them is said before a demo's backbone is built
@@ -108,8 +109,8 @@ def _main(arguments: argparse.Namespace, flags: dict[str, Any], signals: Signals
     _compose(_job(arguments, recipe, flags, method), arguments)
 
 
-def _train_first(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> list[str]:
-    """Train a LoRA for each task of `--loras_of`; returns their folders."""
+def _check_before_training(arguments: argparse.Namespace, flags: Mapping[str, Any], method: str) -> None:
+    """Refuse what could not be put together once the LoRAs of `--loras_of` are trained."""
     if arguments.loras or arguments.dry_run or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "--loras_of trains in processes of its own: start it with python, without --loras and --dry_run; "
@@ -117,22 +118,32 @@ def _train_first(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> lis
         )
     if "output_dir" not in flags:
         raise UserError("the LoRAs of --loras_of need a place, beside that of what they become: --output_dir DIR")
-    folder, names = f"{flags['output_dir']}-loras", arguments.loras_of.split(",")
-    shared = [f"--{key}={flags[key]}" for key in flags if key not in ("adapter", "output_dir", "tasks", "test")]
+    if method == "mask":
+        _the_mole(arguments)
+    _check_density(arguments)
+    _weights(arguments.weights, len(arguments.loras_of.split(",")))
+
+
+def _train_first(arguments: argparse.Namespace, flags: Mapping[str, Any]) -> list[str]:
+    """Train a LoRA for each task of `--loras_of`; returns their folders."""
     own = {
         "recipe": arguments.lora_recipe, "method": "lora", "tasks": arguments.loras_of, "test": "true",
-        "output_dir": folder,
+        "output_dir": f"{flags['output_dir']}-loras",
     }  # fmt: skip
-    single.train_each([*(f"--{key}={value}" for key, value in own.items()), *shared])
-    return [str(Path(folder) / name.split("/")[-1]) for name in names]
+    shared = {key: value for key, value in flags.items() if key != "adapter"}
+    return [str(run) for run in single.train_each([f"--{key}={value}" for key, value in {**shared, **own}.items()])]
+
+
+def _check_density(arguments: argparse.Namespace) -> None:
+    if not 0 < arguments.density <= 1:
+        raise UserError(f"--density is {arguments.density}; it must be above 0 and at most 1")
 
 
 def _job(arguments: argparse.Namespace, recipe: Mapping[str, Any], flags: dict[str, Any], method: str) -> _Job:
     """Check what can be checked before a model is loaded."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"--method {method} runs in one process; start it with python")
-    if not 0 < arguments.density <= 1:
-        raise UserError(f"--density is {arguments.density}; it must be above 0 and at most 1")
+    _check_density(arguments)
     config = cli.merged({k: v for k, v in recipe.items() if k not in ("method", "adapter")}, flags, "compose")
     named = with_demo(config).model if "model" in flags else None
     sources: list[Source] = []

@@ -38,7 +38,11 @@ OWN = ("--launcher", "--output_dir", "--tasks")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     log.quiet_libraries()
-    return cli.run(lambda: train_each(sys.argv[1:] if argv is None else argv))
+    return cli.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> None:
+    train_each(argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train_each(argv: Sequence[str]) -> None:
-    """Do what the command line says.
+def train_each(argv: Sequence[str]) -> list[Path]:
+    """Do what the command line says; returns the folders of the runs, in the order of the tasks.
 
     Raises:
         UserError: a mistake in it.
@@ -64,21 +68,22 @@ def train_each(argv: Sequence[str]) -> None:
     config = cli.merged(read_recipe(arguments.recipe), flags, f"recipe '{arguments.recipe}'")
     tasks = _check(arguments, config)
     folder, handed_on = Path(config.output_dir or ""), _handed_on(argv)
-    before: Path | None = None
+    runs: list[Path] = []
     for number, task in enumerate(tasks, 1):
         run = folder / (f"{number:02d}-{task.name}" if arguments.sequential else task.name)
         done = (run / "eval" / "test" / RESULTS).is_file()
         log.say(f"\n{number} of {len(tasks)}: {task.name}{', finished before' if done else ''}")
         if not done:
-            start = ["--init_adapter", str(before)] if arguments.sequential and before is not None else []
+            start = ["--init_adapter", str(runs[-1] / "best")] if arguments.sequential and runs else []
             own = ["--tasks", f"{task.suite}/{task.name}" if task.suite in config.suite else task.name]
             _run([*shlex.split(arguments.launcher), str(ROOT / "launch" / "train.py"), *handed_on, *own, *start,
                   "--output_dir", str(run), "--resume", "auto"])  # fmt: skip
-        before = run / "best"
+        runs.append(run)
     if arguments.sequential:
-        assert before is not None, "there is a task at least"
-        return _score_all(before, folder, config, tasks)
-    _gather(folder, tasks)
+        _score_all(runs[-1] / "best", folder, config, tasks)
+    else:
+        _gather(folder, tasks)
+    return runs
 
 
 def _check(arguments: argparse.Namespace, config: RunConfig) -> list[Task]:

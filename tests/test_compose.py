@@ -240,6 +240,25 @@ def test_a_mistake_is_one_line(
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--method", "mask"], "takes one trained MoLE"),
+        (["--method", "linear", "--weights", "1"], "1 numbers for 2 LoRAs"),
+        (["--method", "ties", "--density", "2"], "at most 1"),
+    ],
+)
+def test_a_mistake_is_found_before_the_loras_are_trained(
+    place: Path, tmp_path: Path, change: list[str], message: str, commands: list[list[str]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    recipe = ["--recipe", str(place / "recipe.yaml"), "--lora_recipe", str(place / "recipe.yaml")]
+    given = [*recipe, "--loras_of", "parity,copy", "--output_dir", str(tmp_path / "run"), *change]
+    assert compose.main(given) == 2
+    assert message in capfd.readouterr().err
+    assert not commands
+
+
 @pytest.mark.parametrize("method", ["mole", "linear"])
 def test_loras_of_another_base_are_refused(
     place: Path, loras: list[str], tmp_path: Path, method: str, capfd: pytest.CaptureFixture[str]

@@ -94,8 +94,7 @@ class AttemptConfig(TasksConfig, UpdateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least_one("num_virtual_tokens", "attention_dim")
-        if self.temperature <= 0:
-            raise ValueError(f"AttemptConfig.temperature is {self.temperature}; it must be above 0")
+        self.above_zero("temperature")
 
 
 class AttemptModel(UpdateModel):

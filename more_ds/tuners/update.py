@@ -102,6 +102,12 @@ class UpdateConfig(PeftConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be at least 1")
 
+    def above_zero(self, *names: str) -> None:
+        """Refuse options that are not above 0."""
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}; it must be above 0")
+
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets in order: the same settings are written as the same bytes."""
         return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}

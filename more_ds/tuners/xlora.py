@@ -84,8 +84,7 @@ class XLoraConfig(UpdateConfig):
         self.at_least_one("depth", "width")
         if len(self.loras) != len(self.ranks) or min(self.ranks, default=1) < 1:
             raise ValueError(f"XLoraConfig has {len(self.loras)} loras and ranks={self.ranks}; each needs one above 0")
-        if self.temperature <= 0:
-            raise ValueError(f"XLoraConfig.temperature is {self.temperature}; it must be above 0")
+        self.above_zero("temperature")
 
 
 class XLoraLinear(UpdateLinear):
