@@ -6,7 +6,20 @@ import hashlib
 import json
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+_CHUNK = 1 << 20
+
 
 def digest(value: Any) -> str:
     """16 hexadecimal digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_integers(values: npt.NDArray[Any]) -> str:
+    """The same for (n,) integers of any type, which may lie in a file and not fit in memory."""
+    found = hashlib.sha256(str(len(values)).encode())
+    for start in range(0, len(values), _CHUNK):
+        found.update(np.ascontiguousarray(values[start : start + _CHUNK], dtype="<i8").data)
+    return found.hexdigest()[:16]

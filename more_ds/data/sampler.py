@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from more_ds.data.shares import STRATEGIES, covering_units, task_probabilities
-from more_ds.data.streams import IntArray, Passes, TaskSequence
-from more_ds.digest import digest
+from more_ds.data.streams import AnyIntArray, IntArray, Passes, TaskSequence
+from more_ds.digest import digest, digest_integers
 from more_ds.errors import UserError, suggest
 
 __all__ = [
@@ -99,7 +99,7 @@ class BalancedSampler:
         temperature: float = 1.0,
         weights: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
-        lengths: Sequence[IntArray] | None = None,
+        lengths: Sequence[AnyIntArray] | None = None,
     ) -> None:
         """Make the plan of the tasks with `sizes` samples each; `names` label and identify them.
 
@@ -137,10 +137,10 @@ class BalancedSampler:
         if lengths is not None:
             if [len(own) for own in lengths] != self.sizes:
                 raise UserError(f"found {[len(own) for own in lengths]} lengths for {self.sizes} samples")
-            self._fields["lengths"] = digest([own.tolist() for own in lengths])
+            self._fields["lengths"] = digest([digest_integers(own) for own in lengths])
         self._build(strategy == "proportional", seed, lengths)
 
-    def _build(self, covering: bool, seed: int, lengths: Sequence[IntArray] | None) -> None:
+    def _build(self, covering: bool, seed: int, lengths: Sequence[AnyIntArray] | None) -> None:
         one_task_step = self.scope == "step"
         self._unit = self.global_batch if one_task_step else self.group_size
         self._step_units = 1 if one_task_step else self.groups_per_step

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+AnyIntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float64]
 
 _JITTER_BLOCK = 256
@@ -114,7 +116,13 @@ class Passes:
     """
 
     def __init__(
-        self, size: int, task: int, seed: int, epoch_samples: int | None, lengths: IntArray | None = None, unit: int = 1
+        self,
+        size: int,
+        task: int,
+        seed: int,
+        epoch_samples: int | None,
+        lengths: AnyIntArray | None = None,
+        unit: int = 1,
     ) -> None:
         """Make the stream of a task.
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,25 @@ from more_ds.data.encoding import Encoder
 from more_ds.errors import UserError
 from more_ds.tasks.render import Example
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 2048
-_FILES = ("ids", "ends")
+_FILES = ("ids", "ends", "lengths")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token ids of one task's examples, mapped from a file, so that the ranks of a node share the memory.
+    """The token ids of one task's examples, mapped from files, so that the ranks of a node share the memory.
 
     Attributes:
         ids: [tokens] all prompts and targets, one after the other.
         ends: [2 * examples] where each prompt and each target ends.
+        lengths: [examples] tokens of the prompt and the target together.
         num_cut: prompts that were too long.
     """
 
     ids: npt.NDArray[np.int32]
     ends: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int32]
     num_cut: int
 
     def prompt(self, index: int) -> list[int]:
@@ -45,11 +46,6 @@ class Tokens:
     def target(self, index: int) -> list[int]:
         """Ids of an example's target."""
         return self._part(2 * index + 1)
-
-    @cached_property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """[examples] tokens of the prompt and the target together."""
-        return np.diff(np.concatenate([[0], self.ends[1::2]]))
 
     def _part(self, number: int) -> list[int]:
         start = int(self.ends[number - 1]) if number else 0
@@ -68,16 +64,16 @@ def tokenised(name: str, examples: Sequence[Example], encoder: Encoder, cache_di
     folder = cache_root(cache_dir) / "tokens" / _key(examples, encoder)
     make_once(folder, lambda place: _write(place, name, examples, encoder))
     try:
-        ids, ends = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in _FILES)
+        ids, ends, lengths = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in _FILES)
         num_cut = int(json.loads((folder / "about.json").read_text(encoding="utf-8"))["num_cut"])
-        sound = len(ends) == 2 * len(examples) and (not len(ends) or int(ends[-1]) == len(ids))
+        sound = len(ends) == 2 * len(lengths) == 2 * len(examples) and (not len(ends) or int(ends[-1]) == len(ids))
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         sound = False
     if not sound:
         raise UserError(f"the tokens of task '{name}' in {folder} are damaged; delete that folder, they are made again")
     encoder.num_prompts += len(examples)
     encoder.num_cut += num_cut
-    return Tokens(ids, ends, num_cut)
+    return Tokens(ids, ends, lengths, num_cut)
 
 
 def _key(examples: Sequence[Example], encoder: Encoder) -> str:
@@ -101,7 +97,9 @@ def _write(folder: Path, name: str, examples: Sequence[Example], encoder: Encode
             ids.append(np.array([token for row in rows for token in row], dtype=np.int32))
             bar.advance(len(part))
     np.save(folder / "ids.npy", np.concatenate([np.empty(0, np.int32), *ids]))
-    np.save(folder / "ends.npy", np.cumsum(np.array(sizes, dtype=np.int64)))
+    of_parts = np.array(sizes, dtype=np.int64)
+    np.save(folder / "ends.npy", np.cumsum(of_parts))
+    np.save(folder / "lengths.npy", of_parts.reshape(-1, 2).sum(1, dtype=np.int32))
     about = {"task": name, "examples": len(examples), "num_cut": encoder.num_cut - before[1]}
     (folder / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     encoder.num_prompts, encoder.num_cut = before  # counted when they are read
