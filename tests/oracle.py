@@ -60,6 +60,9 @@ class Oracle:
         rank = int(p.argmax()) + 1
         if config.gate == "frozen":
             return self._expert(x, self.frozen_ranks[task] if config.gate_input == "task" else rank)
+        if config.gate == "ste_all":
+            s = [p[k - 1] - p[k - 1].detach() + float(k == rank) for k in range(1, config.r + 1)]
+            return sum(s[k - 1] * self._expert(x, k) for k in range(1, config.r + 1))
         straight_through = 1.0 + p[rank - 1] - p[rank - 1].detach()
         return straight_through * self._expert(x, rank)
 

@@ -39,16 +39,19 @@ def gradients(output: Tensor, probe: Tensor, *leaves: Tensor) -> tuple[Tensor, .
 
 @pytest.mark.parametrize("rows", [[1, 1, 0], [2, 0], [0, 1, 2, 2, 1]])
 @pytest.mark.parametrize("makes_again", [True, False])
-def test_choice_is_the_straight_through_gate(rows: list[int], makes_again: bool) -> None:
+@pytest.mark.parametrize("is_for_all", [True, False])
+def test_choice_is_the_straight_through_gate(rows: list[int], makes_again: bool, is_for_all: bool) -> None:
     """With fewer examples than tasks, as many, and more: three ways through the function."""
     weight, bias, embeddings, told = leaf(4, 3, 6), leaf(4, 3), leaf(4, 3, 6), torch.tensor(rows)
     table = expert_table(3, 2, "rank", "prefix", 0)
     p = torch.softmax(embeddings @ weight.mT + bias.unsqueeze(1), -1)
     k = p.argmax(-1, keepdim=True)
     s = 1 + p.gather(-1, k) - p.gather(-1, k).detach()
-    expected = (s * table[k.squeeze(-1)])[:, told].transpose(0, 1).reshape(len(rows), -1)
+    chosen = table[k.squeeze(-1)]
+    values = chosen + (p - p.detach()) @ table if is_for_all else s * chosen
+    expected = values[:, told].transpose(0, 1).reshape(len(rows), -1)
     again = (lambda: (weight.detach(), bias.detach(), embeddings.detach())) if makes_again else None
-    found = Choose.apply(weight, bias, embeddings, told, table, again)
+    found = Choose.apply(weight, bias, embeddings, told, table, is_for_all, again)
     torch.testing.assert_close(found, expected, rtol=1e-15, atol=1e-15)
     probe = torch.randn_like(found)
     for ours, theirs in zip(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from more_ds.numerics import at_least_float32, autocasts, without_autocast
 from more_ds.tuners.context import TaskContext, repeat_rows, same_tensor
+from more_ds.tuners.more.config import HARD
 from more_ds.tuners.more.functions import Choose, Contrast, GatedProduct
 from more_ds.tuners.more.groups import Group, Part, finish, grouped
 from more_ds.tuners.more.products import TORCH, Products, triton_products
@@ -46,7 +47,7 @@ class Bank:
     def serves(self, training: bool) -> bool:
         """Whether the maps can work together: the switches are the paper's, and all parameters are here, whole."""
         config = self.config
-        knows = config.gate in ("ste", "frozen", "table") and config.gate_input == "task"
+        knows = config.gate in (*HARD, "frozen", "table") and config.gate_input == "task"
         if training:  # a task that was added has an embedding of its own
             knows = knows and len(config.table_sizes) == 1 and self.layers[0].alone[self.name] is None
         return knows and self.is_together and self._are_whole()
@@ -60,7 +61,7 @@ class Bank:
             fused: use functions with hand-written gradients.
         """
         config, first = self.config, self.layers[0].more_A[self.name].weight
-        asks = training and config.gate == "ste"
+        asks = training and config.gate in HARD
         contrasts = training and any(group.contrasts for group in self.groups)
         banks = [own.stacked(self.name, asks, asks or contrasts) for own in self.classes]
         weights: list[Tensor] = [rows] * len(self.groups)
@@ -84,8 +85,10 @@ class Bank:
 
         weight, bias, embeddings = map(at_least_float32, stacked)
         table = self.layers[0]._table(self.name, weight)
-        with without_autocast(weight):  # a compiled graph decides by itself what it makes again
-            return Choose.apply(weight, bias, embeddings, rows, table, None if torch.compiler.is_compiling() else again)
+        is_for_all = self.config.gate == "ste_all"
+        made_again = None if torch.compiler.is_compiling() else again  # a compiled graph decides that by itself
+        with without_autocast(weight):
+            return Choose.apply(weight, bias, embeddings, rows, table, is_for_all, made_again)
 
     def _values(self, device: torch.device) -> list[Tensor]:
         """What the table of ranks multiplies the components by, of each class (tasks, maps * r), made once."""

@@ -11,7 +11,7 @@ from more_ds.tuners.base import peft_type
 from more_ds.tuners.linear import TARGETS
 
 CHOICES = {
-    "gate": ("ste", "soft", "frozen", "table"),
+    "gate": ("ste", "ste_all", "soft", "frozen", "table"),
     "scale": ("rank", "component", "none"),
     "experts": ("prefix", "subset"),
     "gate_input": ("task", "pooled"),
@@ -19,6 +19,9 @@ CHOICES = {
     "contrastive_maps": ("all", "encoder"),
     "backend": ("auto", "reference", "eager", "fused", "triton"),
 }
+
+HARD = ("ste", "ste_all")
+"""Gates that choose one expert and are trained."""
 
 
 @dataclass
@@ -44,10 +47,12 @@ class MoreConfig(PeftConfig):
     task_dim: int | None = field(
         default=None, metadata={"help": "Width of the task embeddings; None: the input width of each map."}
     )
-    gate: Literal["ste", "soft", "frozen", "table"] = field(
+    gate: Literal["ste", "ste_all", "soft", "frozen", "table"] = field(
         default="ste",
         metadata={
-            "help": "`ste`: hard choice, straight-through gradient (paper). `soft`: all experts, weighted by p. "
+            "help": "`ste`: hard choice, straight-through gradient to the p of the chosen expert (paper). "
+            "`ste_all`: the same choice, and the gradient of `soft` for the p of every expert. "
+            "`soft`: all experts, weighted by p. "
             "`frozen`: the ranks stay what the random gate says at the start, as in the published code. "
             "`table`: no gate and no embeddings, the saved ranks alone; for inference."
         },

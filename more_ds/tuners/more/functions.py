@@ -22,7 +22,8 @@ class Choose(torch.autograd.Function):
     """The straight-through gate of many maps: which expert each task uses, and what it multiplies the components by.
 
     With p = softmax(W e + b) and k = argmax p, the value is `table[k]`, and the gradient is that of `p[k] * table[k]`
-    at p[k] = 1 (equations 3 to 5).
+    at p[k] = 1 (equations 3 to 5); or that of `p @ table` (`is_for_all`), which tells every expert what it would have
+    done to the loss, where the paper's tells the chosen one alone whether there should be more of it.
     """
 
     @staticmethod
@@ -33,6 +34,7 @@ class Choose(torch.autograd.Function):
         embeddings: Tensor,
         rows: Tensor,
         table: Tensor,
+        is_for_all: bool = False,
         again: Callable[[], Sequence[Tensor]] | None = None,
     ) -> Tensor:
         """Choose for a batch.
@@ -44,6 +46,7 @@ class Choose(torch.autograd.Function):
             embeddings: (maps, tasks, h).
             rows: (batch,) the task of every example.
             table: (r, r) what expert k + 1 multiplies the components by.
+            is_for_all: whether the gradient reaches the p of all experts.
             again: makes the first three again; they are then not kept while the activations are.
 
         Returns:
@@ -55,7 +58,8 @@ class Choose(torch.autograd.Function):
         chosen = p.argmax(-1)
         values = table[chosen]
         ctx.by_row, ctx.tasks, ctx.again = by_row, embeddings.shape[1], again
-        ctx.save_for_backward(*((weight, asked) if again is None else (None, None)), rows, p, chosen, values)
+        kept = (weight, asked) if again is None else (None, None)
+        ctx.save_for_backward(*kept, rows, p, *((table, None) if is_for_all else (values, chosen)))
         maps, _, r = p.shape
         drawn = values if by_row else values.index_select(1, rows)
         return drawn.transpose(0, 1).reshape(len(rows), maps * r)
@@ -64,22 +68,26 @@ class Choose(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """From (batch, maps * r) to the gates and the embeddings."""
-        weight, asked, rows, p, chosen, values = ctx.saved_tensors
+        weight, asked, rows, p, table, chosen = ctx.saved_tensors
         if ctx.again is not None:
             weight, _, asked = ctx.again()
             asked = asked.index_select(1, rows) if ctx.by_row else asked
         maps, _, r = p.shape
         grad = grads[0].view(len(rows), maps, r).transpose(0, 1)
         if not ctx.by_row:
-            grad = torch.zeros_like(values).index_add_(1, rows, grad)
-        index = chosen.unsqueeze(-1)
-        scale = (grad * values).sum(-1, keepdim=True) * p.gather(-1, index)
-        logits = torch.mul(p, -scale).scatter_add_(-1, index, scale)
+            grad = torch.zeros_like(p).index_add_(1, rows, grad)
+        if chosen is None:
+            to_p = grad @ table.T
+            logits = p * (to_p - (p * to_p).sum(-1, keepdim=True))
+        else:
+            index = chosen.unsqueeze(-1)
+            scale = (grad * table).sum(-1, keepdim=True) * p.gather(-1, index)  # of the chosen experts' rows alone
+            logits = torch.mul(p, -scale).scatter_add_(-1, index, scale)
         to_asked = torch.bmm(logits, weight)
         if ctx.by_row:
             whole = to_asked.new_zeros(maps, ctx.tasks, to_asked.shape[-1])
             to_asked = whole.index_add_(1, rows, to_asked)
-        return torch.bmm(logits.mT, asked), logits.sum(1), to_asked, None, None, None
+        return torch.bmm(logits.mT, asked), logits.sum(1), to_asked, None, None, None, None
 
 
 class Contrast(torch.autograd.Function):

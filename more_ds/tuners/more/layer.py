@@ -15,7 +15,7 @@ from more_ds.losses import cosine
 from more_ds.numerics import at_least_float32
 from more_ds.tuners.base import MergesByTask, check_task
 from more_ds.tuners.context import SOURCE, TARGET, TaskContext, repeat_rows
-from more_ds.tuners.more.config import MoreConfig
+from more_ds.tuners.more.config import HARD, MoreConfig
 from more_ds.tuners.more.experts import Gate, TaskTable, expert_table, task_probabilities
 
 
@@ -142,7 +142,7 @@ class MoreLinear(nn.Module, MergesByTask):
         config = self.configs[name]
         if embeddings is None:
             return self._table(name, like).index_select(0, self.more_ranks[name] - 1)
-        if config.gate == "soft" or (config.gate == "ste" and (self.training or self.stale[name])):
+        if config.gate == "soft" or (config.gate in HARD and (self.training or self.stale[name])):
             p = self._gate(name, embeddings)
             self._note_ranks(name, p)
             # The optimizer moves the gate after a training forward, so the table is behind until it is read again.
@@ -181,7 +181,7 @@ class MoreLinear(nn.Module, MergesByTask):
         p = torch.softmax(self.more_gate[name](pooled), dim=-1)
         if config.gate == "soft":
             weights = p @ self._table(name, p)
-        elif config.gate == "ste":
+        elif config.gate in HARD:
             weights = self._straight_through(name, p)
         else:
             weights = self._table(name, p).index_select(0, p.argmax(-1))
@@ -204,8 +204,11 @@ class MoreLinear(nn.Module, MergesByTask):
         return name in self.more_A and self.role == SOURCE and self._contrasts(self.configs[name])
 
     def _straight_through(self, name: str, p: Tensor) -> Tensor:
-        """s[r_t] * c * 1[component of expert r_t], (rows, r): the forward is hard, the gradient goes to p[r_t]."""
+        """c * 1[component of expert r_t], (rows, r): the forward is hard, the gradient goes to p[r_t], or to all p."""
         chosen = p.argmax(-1, keepdim=True)
+        if self.configs[name].gate == "ste_all":
+            table = self._table(name, p)
+            return table.index_select(0, chosen.squeeze(1)) + (p - p.detach()) @ table
         onehot = torch.zeros_like(p).scatter_(1, chosen, 1.0)
         selected = (p + (onehot - p).detach()).gather(1, chosen)
         return selected * self._table(name, p).index_select(0, chosen.squeeze(1))
