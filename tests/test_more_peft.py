@@ -40,6 +40,16 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_tasks_begin_with_init_r_and_may_leave_it() -> None:
+    model = adapted("llama", trained=False, init_r=2)
+    assert all(ranks.tolist() == [2, 2, 2] for ranks in model.ranks().values())
+    for layer in model.modules():
+        if isinstance(layer, MoreLinear):
+            torch.nn.init.constant_(layer.more_gate["default"].bias, 0.5)
+            layer.stale["default"] = True
+    assert any(ranks.tolist() != [2, 2, 2] for ranks in model.ranks().values())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_identity_at_initialisation(kind: str) -> None:
     base = base_logits(tiny(kind), kind)

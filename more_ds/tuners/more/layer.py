@@ -81,16 +81,22 @@ class MoreLinear(nn.Module, MergesByTask):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, name: str) -> None:
-        """Initialise: A, E and W_g Kaiming-uniform (a = sqrt 5), b_g zero, B zero (or as A, `init_weights=False`)."""
+        """Initialise: A, E and W_g Kaiming-uniform (a = sqrt 5), B zero (or as A, `init_weights=False`).
+
+        b_g is zero; with `init_r` it is 1 at that rank, which outweighs the random rest.
+        """
+        config = self.configs[name]
         if self.more_A[name].weight.is_meta:
             return
         weights = [self.more_A[name].weight]
         if name in self.more_gate:
             weights += [*self.more_task[name].parts(), self.more_gate[name].weight]
-            nn.init.zeros_(self.more_gate[name].bias)
+            bias = torch.arange(1, config.r + 1) == (config.init_r or 0)
+            with torch.no_grad():
+                self.more_gate[name].bias.copy_(bias)
         for weight in weights:
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        if self.configs[name].init_weights:
+        if config.init_weights:
             nn.init.zeros_(self.more_B[name].weight)
         else:
             nn.init.kaiming_uniform_(self.more_B[name].weight, a=math.sqrt(5))
