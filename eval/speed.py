@@ -1,17 +1,19 @@
 """Measure what training and scoring cost, as ratios inside one process.
 
     python eval/speed.py step [--shape llama-256,t5-256] [--variants "more fused,multilora"] [--compile]
+    python eval/speed.py profile [--shape llama-128-launch] [--variants "more fused"]
     python eval/speed.py growth [--shape llama-256]
     python eval/speed.py data --model FOLDER --data_dir /data [--suite glue]
     python eval/speed.py scoring --model FOLDER --data_dir /data [--suite glue] [--tasks sst2,stsb]
     python eval/speed.py inference [--shape llama-256,t5-256]
     python eval/speed.py checkpoint [--shape llama-512] [--rounds 5]
 
-step: training steps of every method and back-end over that of PEFT's LoRA (r = 8), on random weights. growth: MoRE's
-step over LoRA's as depth, width, rank, tasks, rows and length grow. data: tokens that a step computes, padded to 128,
-to the longest row, and grouped by length. scoring: closed answers by likelihood and by generation. inference: a batch
-of several tasks through MoRE's table of ranks, over one LoRA that is not merged: reading prompts, and writing.
-checkpoint: how long a save of the whole model holds up training, when it is on the disk, how long a resume takes.
+step: training steps of every method and back-end over that of PEFT's LoRA (r = 8), on random weights. profile: in which
+operations the time of a variant's step differs from that of LoRA's. growth: MoRE's step over LoRA's as depth, width,
+rank, tasks, rows and length grow. data: tokens that a step computes, padded to 128, to the longest row, and grouped by
+length. scoring: closed answers by likelihood and by generation. inference: a batch of several tasks through MoRE's
+table of ranks, over one LoRA that is not merged: reading prompts, and writing. checkpoint: how long a save of the whole
+model holds up training, when it is on the disk, how long a resume takes.
 
 Everything that is compared runs in every round, in random order; a ratio is that of two times of the same round, so
 that other jobs on the machine do not decide. Set OMP_NUM_THREADS where the machine is shared.
@@ -46,6 +48,7 @@ from more_ds.run_folder import versions
 from more_ds.speed import plot
 from more_ds.speed.batches import count_tokens
 from more_ds.speed.inference import inference_speed
+from more_ds.speed.profiling import Operation, largest_differences, step_profile
 from more_ds.speed.saving import FAR, sampler_seconds, save_cost
 from more_ds.speed.scoring import GENERATION, PUBLISHED, score_speed
 from more_ds.speed.shapes import SHAPES, find_shape
@@ -55,6 +58,8 @@ from more_ds.tasks.render import expand
 
 PADDED = 128
 """Length that the published code pads every prompt to."""
+SHOWN = 15
+"""Operations of a profile that are printed; the JSON has all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,10 +81,7 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def _steps(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = [name for name in arguments.variants.split(",") if name] or variants()
-    unknown = [f"'{name}'{suggest(name, variants())}" for name in names if name not in variants()]
-    if unknown:
-        raise UserError(f"unknown variant {', '.join(unknown)}; there are: {', '.join(variants())}")
+    names = _variants(arguments, variants())
     found: dict[str, Any] = {}
     for shape in arguments.shape.split(","):
         costs, missing = step_costs(
@@ -105,6 +107,23 @@ def _steps(arguments: argparse.Namespace) -> dict[str, Any]:
         if folder := _folder(arguments):
             ratios = {name: cost.ratio for name, cost in costs.items()}
             plot.bars(folder / f"step-{shape}.svg", f"{shape}, {_where(arguments)}", ratios)
+    return found
+
+
+def _profile(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = [REFERENCE, *_variants(arguments, ["more fused"])]
+    found: dict[str, Any] = {}
+    for shape in arguments.shape.split(","):
+        profiles = step_profile(_setting(arguments, shape), names)
+        for name in names[1:]:
+            log.say(f"\n{shape}, {_where(arguments)}: {name} beside {REFERENCE}, of one step")
+            both = (profiles[REFERENCE], profiles[name])
+            rows: list[list[Any]] = [["all", *(sum(o.milliseconds for o in own.values()) for own in both), "", ""]]
+            for operation in largest_differences(profiles, REFERENCE, name, SHOWN):
+                pair = [own.get(operation, Operation()) for own in both]
+                rows.append([operation, *(o.milliseconds for o in pair), *(f"{o.calls:.0f}" for o in pair)])
+            log.say(log.table(["operation", f"{REFERENCE}, ms", f"{name}, ms", "calls", "calls"], rows))
+        found[shape] = {name: {key: asdict(o) for key, o in own.items()} for name, own in profiles.items()}
     return found
 
 
@@ -215,13 +234,22 @@ def _inference(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "step": _steps, "growth": _growth, "data": _data, "scoring": _scoring, "inference": _inference,
+    "step": _steps, "profile": _profile, "growth": _growth, "data": _data, "scoring": _scoring, "inference": _inference,
     "checkpoint": _checkpoint,
 }  # fmt: skip
 
 
 def _setting(arguments: argparse.Namespace, shape: str) -> Setting:
     return Setting(find_shape(shape), DTYPES[_dtype(arguments)], arguments.device, dropout=arguments.dropout)
+
+
+def _variants(arguments: argparse.Namespace, default: list[str]) -> list[str]:
+    """Those of `--variants`, which exist."""
+    names = [name for name in arguments.variants.split(",") if name] or default
+    unknown = [f"'{name}'{suggest(name, variants())}" for name in names if name not in variants()]
+    if unknown:
+        raise UserError(f"unknown variant {', '.join(unknown)}; there are: {', '.join(variants())}")
+    return [name for name in names if name != REFERENCE]
 
 
 def _dtype(arguments: argparse.Namespace) -> str:
@@ -257,11 +285,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--shape",
         default="llama-256,t5-256",
-        help=f"step, growth, inference: {', '.join(SHAPES)}, or llama2-7b and the like",
+        help=f"step, profile, growth, inference: {', '.join(SHAPES)}, or llama2-7b and the like",
     )
-    add("--variants", default="", help="step: which; default: all")
+    add("--variants", default="", help="step: which, default: all; profile: which, default: more fused")
     add("--compile", action="store_true", help="step: through torch.compile, all variants alike")
-    add("--dropout", type=float, default=0.0, help="step, growth: of all methods that have one")
+    add("--dropout", type=float, default=0.0, help="step, profile, growth: of all methods that have one")
     add("--model", help="data, scoring: run directory, adapter folder, model folder or hub id")
     add("--suite", default="glue", help="data, scoring: of closed tasks")
     add("--tasks", default="", help="which of its tasks; default: all")

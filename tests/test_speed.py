@@ -22,6 +22,7 @@ from more_ds.speed.batches import count_tokens
 from more_ds.speed.counting import kernels, peak_bytes
 from more_ds.speed.inference import BASE, MIXED, work
 from more_ds.speed.inference import model_of as inference_model
+from more_ds.speed.profiling import BETWEEN, Operation, largest_differences, step_profile
 from more_ds.speed.rounds import compare
 from more_ds.speed.scoring import score_speed
 from more_ds.speed.shapes import SHAPES, build, find_shape
@@ -165,8 +166,26 @@ def test_kernels_and_memory() -> None:
 def test_grouping_computes_fewer_tokens() -> None:
     lengths = np.random.RandomState(0).randint(5, 100, 3000)
     ends = np.cumsum(np.stack([lengths - 2, np.full_like(lengths, 2)], 1).ravel())
-    tokens = Tokens(np.zeros(int(ends[-1]), np.int32), ends, 0)
+    tokens = Tokens(np.zeros(int(ends[-1]), np.int32), ends, lengths.astype(np.int32), 0)
     found = count_tokens([tokens], strategy="uniform", micro=8, groups=2, steps=60, fixed=128)
     assert found.fixed == 16 * 128
     assert found.real < found.grouped < found.dynamic < found.fixed
     assert found.grouped < 1.1 * found.real
+
+
+def test_a_profile_is_of_one_step() -> None:
+    shape = replace(SHAPES["llama-128-launch"], rows=1, length=8)
+    found = step_profile(Setting(shape, tasks=2), [REFERENCE, "more fused"], steps=2)
+    linear = len(build(shape, torch.float32, "cpu").model.layers) * 7
+    assert found[REFERENCE]["aten::mm"].calls >= 3 * linear  # base and both factors, forward alone
+    assert all(own[BETWEEN].milliseconds > 0 for own in found.values())
+    assert "SharedInput" in found["more fused"]
+    assert "SharedInput" not in found[REFERENCE]
+
+
+def test_the_largest_differences_come_first() -> None:
+    found = {
+        "a": {"x": Operation(5, 1), "y": Operation(1, 1), "gone": Operation(3, 1)},
+        "b": {"x": Operation(6, 1), "y": Operation(1, 2), "new": Operation(2, 1)},
+    }
+    assert largest_differences(found, "a", "b", 3) == ["new", "x", "gone"]

@@ -60,7 +60,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _without_stderr(), torch.profiler.profile(profile_memory=True) as profile:
+    with without_stderr(), torch.profiler.profile(profile_memory=True) as profile:
         work()
     assert profile.profiler is not None
     events = profile.profiler.kineto_results.events()
@@ -71,7 +71,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 @contextmanager
-def _without_stderr() -> Iterator[None]:
+def without_stderr() -> Iterator[None]:
     """Keep what torch's profiler writes at every start and stop, past any setting, off the terminal."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -48,10 +48,10 @@ def compare(
         order = list(variants)
         draw.shuffle(order)
         for name in order:
-            _synchronise()
+            synchronise()
             began = time.perf_counter()
             variants[name]()
-            _synchronise()
+            synchronise()
             if number > 0:
                 seconds[name].append(time.perf_counter() - began)
     base = np.array(seconds[reference])
@@ -62,6 +62,7 @@ def compare(
     return found
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait until the GPU, if there is one, has done what it was sent."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -93,7 +93,7 @@ def step_costs(
     trainable, missing = {}, {}
     for name in names:
         try:
-            steps[name], trainable[name] = _step(setting, name, compiled)
+            steps[name], trainable[name] = step_of(setting, name, compiled)
         except UserError as error:
             missing[name] = str(error)
     for step in steps.values():
@@ -114,7 +114,12 @@ def step_costs(
     return found, missing
 
 
-def _step(setting: Setting, name: str, compiled: bool) -> tuple[Callable[[], object], int]:
+def step_of(setting: Setting, name: str, compiled: bool = False) -> tuple[Callable[[], object], int]:
+    """A variant's training step, and how many parameters it trains.
+
+    Raises:
+        UserError: the variant cannot be had with this model or on this device.
+    """
     model = _model(setting, name)
     parameters = [p for p in model.parameters() if p.requires_grad]
     # An optimizer without parameters is an error; the floor has none to train.
@@ -201,7 +206,7 @@ def growth(setting: Setting, *, rounds: int) -> dict[str, dict[str, Ratio]]:
         for value, one in settings.items():
             steps: dict[str, Callable[[], object]] = {}
             for name, own in {"lora": f"lora r={one.rank}", "more": "more fused"}.items():
-                steps[name] = _step(one, own, compiled=False)[0]
+                steps[name] = step_of(one, own)[0]
                 steps[name]()
             found[axis][value] = compare(steps, "lora", rounds=rounds)["more"]
     return found
