@@ -197,7 +197,7 @@ def test_expert_table_by_hand() -> None:
 
 BAD = [
     ("gate", "hard"), ("gate", "table"), ("scale", "linear"), ("r", 0), ("num_tasks", 0), ("temperature", 0.0),
-    ("task_names", ["a"]), ("init_r", 0), ("init_r", 9),
+    ("task_names", ["a"]), ("init_rank", "8"),
 ]  # fmt: skip
 
 

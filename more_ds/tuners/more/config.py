@@ -12,6 +12,7 @@ from more_ds.tuners.linear import TARGETS
 
 CHOICES = {
     "gate": ("ste", "ste_all", "soft", "frozen", "table"),
+    "init_rank": ("random", "full"),
     "scale": ("rank", "component", "none"),
     "experts": ("prefix", "subset"),
     "gate_input": ("task", "pooled"),
@@ -57,11 +58,11 @@ class MoreConfig(PeftConfig):
             "`table`: no gate and no embeddings, the saved ranks alone; for inference."
         },
     )
-    init_r: int | None = field(
-        default=None,
+    init_rank: Literal["random", "full"] = field(
+        default="random",
         metadata={
-            "help": "Rank that every task begins with in every map: b_g is 1 there, 0 elsewhere. None: b_g is 0, and "
-            "the random W_g and E say (paper)."
+            "help": "Rank that tasks begin with. `random`: what W_g and E say, b_g being zero (paper). `full`: r; b_g "
+            "is 1 there, which outweighs the random rest, and the gate gives up ranks where that helps."
         },
     )
     scale: Literal["rank", "component", "none"] = field(
@@ -129,8 +130,6 @@ class MoreConfig(PeftConfig):
         for name in ("r", "num_tasks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"MoreConfig.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.init_r is not None and not 1 <= self.init_r <= self.r:
-            raise ValueError(f"MoreConfig.init_r is {self.init_r}; it must be from 1 to r={self.r}")
         if self.first_tasks is not None and not 1 <= self.first_tasks <= self.num_tasks:
             raise ValueError(
                 f"MoreConfig.first_tasks is {self.first_tasks}; it must be from 1 to num_tasks={self.num_tasks}"

@@ -83,7 +83,7 @@ class MoreLinear(nn.Module, MergesByTask):
     def reset_parameters(self, name: str) -> None:
         """Initialise: A, E and W_g Kaiming-uniform (a = sqrt 5), B zero (or as A, `init_weights=False`).
 
-        b_g is zero; with `init_r` it is 1 at that rank, which outweighs the random rest.
+        With `init_rank='full'` b_g is 1 at rank r.
         """
         config = self.configs[name]
         if self.more_A[name].weight.is_meta:
@@ -91,9 +91,9 @@ class MoreLinear(nn.Module, MergesByTask):
         weights = [self.more_A[name].weight]
         if name in self.more_gate:
             weights += [*self.more_task[name].parts(), self.more_gate[name].weight]
-            bias = torch.arange(1, config.r + 1) == (config.init_r or 0)
-            with torch.no_grad():
-                self.more_gate[name].bias.copy_(bias)
+            nn.init.zeros_(self.more_gate[name].bias)
+            if config.init_rank == "full":
+                nn.init.ones_(self.more_gate[name].bias[-1:])
         for weight in weights:
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         if config.init_weights:
