@@ -205,10 +205,10 @@ def test_a_slurm_array(place: Path, flags: list[str], tmp_path: Path, capsys: py
     extra = ["--slurm", str(script), "--jobs", "3", "--gpus", "2", "--output", str(tmp_path / "out")]
     assert run("table5", place, flags, *extra) == 0
     text = script.read_text()
-    assert "#SBATCH --array=0-7%3\n" in text
+    assert "#SBATCH --array=0-10%3\n" in text
     assert "#SBATCH --ntasks-per-node=2\n" in text
     recipes = sorted((tmp_path / "out" / "recipes").glob("*.yaml"))
-    assert len(recipes) == 8
+    assert len(recipes) == 11
     assert all(f"--recipe {path} --output_dir {tmp_path}/out/runs/{path.stem}" in text for path in recipes)
     assert "runs/$SLURM_JOB_NAME" not in text
     capsys.readouterr()
