@@ -104,6 +104,7 @@ def train(method: str, place: Path) -> str:
 
 def main() -> int:
     """Run all recipes; returns the exit code."""
+    log.quiet_libraries()
     prepare()
     place = Path(os.environ.get("MORE_DS_RECIPES") or tempfile.mkdtemp(prefix="recipes-"))
     names = list(dict.fromkeys(["lora", *(sys.argv[1:] or METHODS)]))
