@@ -372,10 +372,9 @@ def test_gate_trains() -> None:
     assert all((gates[name] - before[name]).abs().max() > 1e-3 for name in gates)
     ranks = model.base_model.ranks()
     model.eval()
-    p = {key: layer for key, layer in ((m.key, m) for m in model.modules() if isinstance(m, StackedMap))}
-    for key, layer in p.items():
+    for layer in (m for m in model.modules() if isinstance(m, StackedMap)):
         chosen = layer._gate("default", layer.more_task["default"]()).argmax(-1) + 1
-        assert torch.equal(ranks[key], chosen)
+        assert torch.equal(ranks[layer.key], chosen)
 
 
 def test_a_task_is_added_and_trained_alone() -> None:
