@@ -176,6 +176,11 @@ def test_the_planner_counts_and_traces_them() -> None:
 
     work = Workload(config, given, torch.bfloat16, torch.float32, 12, 4)
     assert inventory(work).kinds == counted.trainable
-    bare = Workload(config, MoreConfig(num_tasks=3, target_modules="attention"), torch.bfloat16, torch.float32, 12, 4)
+    attention = MoreConfig(r=4, num_tasks=3, task_dim=5, target_modules="attention", task_type="CAUSAL_LM")
+    bare = Workload(config, attention, torch.bfloat16, torch.float32, 12, 4)
     costs = [trace(build(one), one, 4).flops for one in (work, bare)]
-    assert 0.9 < costs[0] / costs[1] < 2
+    pairs = 4 * 16 * 2  # of 4 rows of 16 tokens and their 2 experts
+    frozen = 4 * 4 * pairs * (48 * 16 + 16 * 24)  # forward and dX, in 4 layers
+    assert costs[1] > frozen
+    added = 4 * 6 * pairs * 4 * (16 + 48 + 24 + 16)  # A and B, with their own gradients
+    assert 1 <= (costs[0] - costs[1]) / added < 1.1
