@@ -97,7 +97,7 @@ def test_model_equals_the_equations(kind: str, changes: dict[str, Any], switches
     assert seen >= 2 * 2
 
 
-def test_a_frozen_weight_gets_no_gradient_and_keeps_no_input() -> None:
+def test_the_adapter_alone_gets_gradients() -> None:
     model = more().train()
     model(**prompts()).loss.backward()
     assert all(p.grad is None for name, p in model.named_parameters() if ".more_" not in name)

@@ -5,28 +5,34 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from distributed import run_ranks
 from moe_models import moe
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import VOCABULARY, tokenizer
 from torch import nn
 from transformers import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from launch import train
+from launch import export, train
 from more_ds import MoreConfig, plan
 from more_ds.errors import UserError
 from more_ds.methods import adapter_config
 from more_ds.model import attach, parameters_by_kind
 from more_ds.planner.memory import inventory
 from more_ds.planner.trace import Workload, build, trace
+from more_ds.run import Run
 from more_ds.tuners.linear import untouched_experts
 from more_ds.tuners.stacked_weights import in_words, stacked_experts
 
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 BOTH = {f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")}
 DOWN = {name for name in BOTH if name.endswith("down_proj")}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -160,6 +166,28 @@ def test_a_run_says_what_was_matched_and_what_stays_frozen(tmp_path: Path, capfd
     assert train.main([*argv, "ffn", "--method", "vera"]) == 2
     said = capfd.readouterr()
     assert "which VERA cannot adapt; use more or lora" in said.out + said.err
+
+
+RUNS = [("more", "zero2"), *(pytest.param(name, "zero3", marks=pytest.mark.slow) for name in ("more", "lora"))]
+
+
+@pytest.mark.parametrize(("method", "ds_config"), RUNS)
+def test_a_run_trains_resumes_and_is_exported(method: str, ds_config: str, tmp_path: Path) -> None:
+    argv = [*run_of(tmp_path)[:4], "--method", method, "--adapter.target_modules", "attention+ffn"]
+    argv += ["--ds_config", str(DS_CONFIGS / f"{ds_config}.json"), "--save_steps", "1", "--eval_limit", "4"]
+    whole, broken = [*argv, "--output_dir", str(tmp_path / "whole")], [*argv, "--output_dir", str(tmp_path / "broken")]
+    assert run_ranks(lambda _: train.main([*whole, "--max_steps", "2"]), 2) == [0, 0]
+    with mock.patch.object(Run, "finish", side_effect=KeyboardInterrupt), pytest.raises(RuntimeError):
+        run_ranks(lambda _: train.main([*broken, "--max_steps", "2"]), 2)
+    checkpoints = sorted((tmp_path / "broken").rglob("step-0000000*"))
+    assert [path.name for path in checkpoints] == ["step-00000001", "step-00000002"]
+    shutil.rmtree(checkpoints[1])
+    assert run_ranks(lambda _: train.main([*broken, "--max_steps", "2", "--resume", "auto"]), 2) == [0, 0]
+    one, other = (load_file(tmp_path / name / "last" / "adapter_model.safetensors") for name in ("whole", "broken"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert any(".experts." in key for key in one)
+    assert export.main([str(tmp_path / "whole"), "--form", "lora"]) == 0
 
 
 def test_the_planner_counts_and_traces_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ class Routing:
         num_tokens: of the batch.
         tokens: (pairs,) the token of every pair.
         experts: (pairs,) its expert.
-        bounds: where the pairs of an expert begin, and, last, the number of pairs.
-        ends: (experts,) where they end, int32 on the device.
+        ends: (experts,) where the pairs of an expert end, int32.
     """
 
     def __init__(self, chosen: Tensor, num_experts: int) -> None:
@@ -37,10 +37,14 @@ class Routing:
             0, flat, torch.ones_like(flat)
         )
         self.ends = counts.cumsum(0).int()
-        if flat.is_meta:  # where shapes alone are wanted, every expert has its share
-            self.bounds = [e * len(flat) // num_experts for e in range(num_experts + 1)]
-        else:
-            self.bounds = [0, *self.ends.tolist()]
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """Where the pairs of each expert begin, and, last, the number of pairs; a GPU is asked for it, once."""
+        pairs, num_experts = len(self.tokens), len(self.ends)
+        if self.ends.is_meta:  # where shapes alone are wanted, every expert has its share
+            return [e * pairs // num_experts for e in range(num_experts + 1)]
+        return [0, *self.ends.tolist()]
 
     def combined(self, values: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum over each token's experts: (pairs, width) and (tokens, k) to (tokens, width).
@@ -64,6 +68,11 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Map (pairs, in) to (pairs, out)."""
         return grouped_linear(x, self.weight, routing)
+
+    def extra_repr(self) -> str:
+        """The sizes, as torch's modules show theirs."""
+        num_experts, out_features, in_features = getattr(self.weight, "ds_shape", self.weight.shape)
+        return f"{num_experts} experts, {in_features=}, {out_features=}"
 
 
 def grouped_linear(x: Tensor, weight: Tensor, routing: Routing, transposed: bool = False) -> Tensor:
