@@ -89,8 +89,10 @@ def test_pefts_lora_takes_them_too() -> None:
         assert set(model.base_model.targeted_parameter_names) == BOTH
         assert {name.rpartition(".")[2] for name in model.base_model.targeted_module_names} == maps
         assert not untouched_experts(model)
-    with pytest.raises(UserError, match=r"lora_dropout is 0\.1; set it to 0"):
+    with pytest.raises(UserError, match=r"does not know lora_dropout 0\.1; set it to 0"):
         attach(moe(), LoraConfig(lora_dropout=0.1, target_modules="ffn"))
+    with pytest.raises(UserError, match="does not know init_lora_weights pissa; set it to True"):
+        attach(moe(), LoraConfig(init_lora_weights="pissa", target_modules="attention+ffn"))
     attach(moe(), LoraConfig(lora_dropout=0.1, target_modules="attention"))
 
 

@@ -101,11 +101,14 @@ def _adapts(config: Any, experts: Sequence[StackedExperts]) -> bool:
         return bool(experts) and all(own.follows_contract for own in experts)
     if not experts or type(config) is not LoraConfig or config.use_dora:
         return False
-    if config.lora_dropout:
-        raise ValueError(
-            f"LoRA drops no inputs of stacked experts, which this model has, and lora_dropout is "
-            f"{config.lora_dropout}; set it to 0, or target_modules to attention"
-        )
+    plain = {"lora_dropout": 0, "lora_bias": False, "init_lora_weights": True}
+    for name, value in plain.items():
+        given = getattr(config, name)
+        if given and given != value and given != "gaussian":
+            raise ValueError(
+                f"LoRA on stacked experts, which this model has, does not know {name} {given}; set it to {value}, or "
+                "target_modules to attention"
+            )
     return True
 
 
