@@ -96,6 +96,16 @@ def test_pefts_lora_takes_them_too() -> None:
     attach(moe(), LoraConfig(lora_dropout=0.1, target_modules="attention"))
 
 
+def test_a_model_with_dense_layers_too() -> None:
+    """PEFT renames the maps of a dense layer as if they were experts that transformers has stacked since."""
+    some = {"mlp_only_layers": [0], "intermediate_size": 24}
+    model: Any = attach(moe("qwen3_moe", **some), MoreConfig(num_tasks=2, target_modules="ffn", task_type="CAUSAL_LM"))
+    dense = {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert set(model.base_model.ranks()) == dense | {name for name in BOTH if ".1." in name}
+    with pytest.raises(UserError, match=r"PEFT takes 3 maps, e\.g\. .* for parts of this model's stacked experts"):
+        attach(moe("qwen3_moe", **some), LoraConfig(target_modules="attention+ffn", task_type="CAUSAL_LM"))
+
+
 @pytest.mark.parametrize("method", ["dora", "vera", "mtl_lora", "adalora"])
 def test_other_methods_say_what_they_leave(method: str) -> None:
     base = moe()
