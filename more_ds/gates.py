@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from more_ds.tuners.more.experts import task_probabilities
-from more_ds.tuners.more.layer import MoreLinear
+from more_ds.tuners.more.gated import GatedMap
 
 ADAPTER = "default"
 """The name under which PEFT keeps the adapter of a run."""
@@ -27,7 +27,7 @@ def gate_entropy(model: nn.Module) -> dict[str, Tensor]:
     """
     found = {}
     for layer in model.modules():
-        if not isinstance(layer, MoreLinear) or ADAPTER not in layer.more_gate:
+        if not isinstance(layer, GatedMap) or ADAPTER not in layer.more_gate:
             continue
         config = layer.configs[ADAPTER]
         if config.gate_input == "task":

@@ -50,6 +50,6 @@ def _trainable(config: RunConfig, names: list[str], model_config: Any, trust_rem
     try:
         check_together(config.method, encoder_decoder=model_config.is_encoder_decoder)
         adapter = adapter_config(config.method, {}, names, model_config)
-        return f"{sum(plan.count(model_config, adapter, trust_remote_code)[0].values()):,}"
+        return f"{sum(plan.count(model_config, adapter, trust_remote_code).trainable.values()):,}"
     except UserError:
         return "not here"

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from more_ds.errors import UserError
 from more_ds.tuners.base import UPDATE
 from more_ds.tuners.full import FullConfig
+from more_ds.tuners.linear import SETS as SETS_OF_MAPS
 from more_ds.tuners.linear import is_linear, name_targets
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -146,8 +147,17 @@ def attach(model: nn.Module, adapter: PeftConfig) -> nn.Module:
     if isinstance(adapter, FullConfig):
         return model.requires_grad_(True)
     try:
+        by_word = str(getattr(adapter, "target_modules", None)) in SETS_OF_MAPS
         name_targets(adapter, model)
-        return get_peft_model(model, adapter)
+        named = set(adapter.target_modules) if by_word else set()  # type: ignore[attr-defined]
+        adapted: Any = get_peft_model(model, adapter)
+        left = sorted(named - set(adapted.base_model.targeted_module_names)) if by_word else []
+        if left:
+            raise ValueError(
+                f"PEFT takes {len(left)} maps, e.g. {left[0]}, for parts of this model's stacked experts and leaves "
+                "them out; use --method more, or target_modules: attention"
+            )
+        return adapted
     except (ValueError, TypeError) as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if is_linear(m)})
         reason = str(error).splitlines()[0]

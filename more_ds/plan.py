@@ -45,6 +45,8 @@ from more_ds.plan_checks import (
 from more_ds.quantised import check_quantised, quantiser
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
+from more_ds.tuners.linear import untouched_experts
+from more_ds.tuners.stacked_weights import in_words
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Plan:
         trainable: number of trainable parameters by kind.
         frozen: number of frozen parameters.
         maps: number of adapted maps by their last name.
+        untouched: what of the model's stacked experts is neither adapted nor trained, in words; empty: nothing.
         sampler: the sampling plan.
         total_steps: optimizer steps.
         eval_steps: optimizer steps between evaluations.
@@ -90,6 +93,7 @@ class Plan:
     trainable: dict[str, int]
     frozen: int
     maps: dict[str, int]
+    untouched: str
     sampler: BalancedSampler
     total_steps: int
     eval_steps: int
@@ -178,7 +182,7 @@ def make(
         max_target_length=config.max_target_length,
     )
     check_vocabulary(encoder, model_config)
-    trainable, frozen, maps = count(model_config, adapter, trust_remote_code, config.init_adapter)
+    counted = count(model_config, adapter, trust_remote_code, config.init_adapter)
     train = [expand(_load(config, task, "train", config.train_limit)) for task in tasks]
     validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
     check_targets(encoder, train)
@@ -200,9 +204,10 @@ def make(
         model_config=model_config,
         encoder=encoder,
         adapter=adapter_config(config.method, options, names, model_config, total),
-        trainable=trainable,
-        frozen=frozen,
-        maps=maps,
+        trainable=counted.trainable,
+        frozen=counted.frozen,
+        maps=counted.maps,
+        untouched=counted.untouched,
         sampler=sampler,
         total_steps=total,
         eval_steps=min(config.eval_steps or sampler.steps_per_epoch, total),
@@ -260,16 +265,30 @@ def _test_examples(config: RunConfig, tasks: Sequence[Task]) -> dict[str, dict[s
     }
 
 
-def count(
-    model_config: Any, adapter: PeftConfig, trust_remote_code: bool, init_adapter: str | None = None
-) -> tuple[dict[str, int], int, dict[str, int]]:
-    """Trainable parameters by kind, frozen parameters, and adapted maps by name, from shapes alone."""
+@dataclass(frozen=True)
+class Counts:
+    """What a method trains in a model; see `Plan`."""
+
+    trainable: dict[str, int]
+    frozen: int
+    maps: dict[str, int]
+    untouched: str
+
+
+def count(model_config: Any, adapter: PeftConfig, trust_remote_code: bool, init_adapter: str | None = None) -> Counts:
+    """Count what a method trains in a model, from shapes alone."""
     with init_empty_weights(), torch.random.fork_rng():
         model: Any = attach(without_weights(model_config, trust_remote_code), adapter)
     if init_adapter is not None:
         start_from(model, init_adapter)  # in shape alone
     trainable = parameters_by_kind(model)
     # Methods that train a prompt wrap no modules, and have no tuner.
-    targeted: list[str] = getattr(getattr(model, "base_model", model), "targeted_module_names", [])
-    maps = Counter(name.rsplit(".", 1)[-1] for name in targeted)
-    return trainable, sum(p.numel() for p in model.parameters()) - sum(trainable.values()), maps
+    tuner = getattr(model, "base_model", model)
+    targeted = [*getattr(tuner, "targeted_module_names", []), *getattr(tuner, "targeted_parameter_names", [])]
+    untouched = untouched_experts(model)
+    return Counts(
+        trainable,
+        sum(p.numel() for p in model.parameters()) - sum(trainable.values()),
+        Counter(name.rsplit(".", 1)[-1] for name in targeted),
+        in_words(untouched) if untouched else "",
+    )

@@ -27,10 +27,12 @@ def header(plan: Plan, ranks: Ranks, output: str) -> str:
     kinds = ", ".join(f"{name.removeprefix('more_')} {count:,}" for name, count in plan.trainable.items())
     trainable = sum(plan.trainable.values())
     maps = ", ".join(f"{count} {name}" for name, count in plan.maps.items())
+    untouched = [("frozen", f"{plan.untouched}: no adapter of this run is in them")] if plan.untouched else []
     quantized = "" if config.quantization == "none" else f", the base in {config.quantization}"
     lines = [
         ("method", f"{config.method}, {trainable:,} trainable ({kinds}), {plan.frozen:,} frozen"),
         ("maps", maps),
+        *untouched,
         ("model", f"{config.model} ({plan.model_config.model_type}, {plan.dtype}{quantized})"),
         ("ranks", f"{where}, ZeRO-{plan.stage}"),
         (

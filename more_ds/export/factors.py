@@ -6,7 +6,7 @@ stage is the same file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from more_ds.numerics import at_least_float32
 from more_ds.tuners import MoreConfig
 from more_ds.tuners.base import UPDATE
 from more_ds.tuners.more.experts import expert_table
+from more_ds.tuners.stacked_weights import WEIGHTS, is_named
 from more_ds.tuners.update import SHARED, Update, UpdateConfig
 
 PREFIX = "base_model.model."
@@ -28,7 +29,10 @@ OWN = ("more_", "lora_", f"{UPDATE}.")
 """What the names of an adapter's own tensors have in them."""
 
 Factors = dict[str, tuple[Tensor, Tensor]]
-"""Name of an adapted map -> A, (rank, in), and B, (out, rank), in float32: the task's update of its weight is B A."""
+"""Name of an adapted map -> A, (rank, in), and B, (out, rank), in float32: the task's update of its weight is B A.
+
+Those of stacked experts, whose maps have the names of their weights, are (experts, rank, in) and (experts, out, rank).
+"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def _more(config: MoreConfig, tensors: Mapping[str, Tensor], task: int) -> Facto
             weights = table[tensors[f"{PREFIX}{name}.more_ranks"][task] - 1]
         used = weights.nonzero().squeeze(1)
         a, b = at_least_float32(part["A"]), at_least_float32(part["B"])
-        found[name] = a[used].contiguous(), (b[:, used] * weights[used]).contiguous()
+        found[name] = a.index_select(-2, used), b.index_select(-1, used) * weights[used]
     return found
 
 
@@ -144,12 +148,41 @@ def _lora(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Factors:
     if config.use_dora:
         raise UserError("DoRA also scales the weights' rows, which no plain LoRA does; use the adapter as it is")
     found: Factors = {}
-    for name in _maps(tensors, ".lora_A.weight"):
-        a, b = (at_least_float32(tensors[f"{PREFIX}{name}.lora_{key}.weight"]) for key in ("A", "B"))
-        patterns = config.alpha_pattern or {}
-        alpha = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
-        found[name] = a, b * (alpha / (len(a) ** 0.5 if config.use_rslora else len(a)))
+    names = _maps(tensors, ".lora_A.weight")
+    for place in names:
+        a, b = (at_least_float32(tensors[f"{PREFIX}{place}.lora_{key}.weight"]) for key in ("A", "B"))
+        name, alphas, ranks = _lora_map(config, place, names), config.alpha_pattern or {}, config.rank_pattern or {}
+        alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+        if name != place:
+            a, b = unfolded(a, b, ranks.get(get_pattern_key(list(ranks), name), config.r))
+        rank = a.shape[-2]
+        found[name] = a, b * (alpha / (rank**0.5 if config.use_rslora else rank))
     return found
+
+
+def _lora_map(config: LoraConfig, place: str, places: Sequence[str]) -> str:
+    """The map of a pair that PEFT has saved under the name `place`: a module, or a stacked weight of one.
+
+    PEFT wraps a module once for each of its weights, in their order, the last one outside.
+    """
+    module = place.replace(".base_layer", "")
+    weights = [key for key in WEIGHTS if is_named(f"{module}.{key}", config.target_parameters or ())]
+    around = sum(one.replace(".base_layer", "") == module for one in places)
+    if not weights and around == 1 and place == module:
+        return place
+    if len(weights) != around:
+        raise UserError(f"the adapter has other stacked weights of {module} than are known; use the adapter as it is")
+    return f"{module}.{weights[-1 - place.count('.base_layer')]}"
+
+
+def folded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The A and B of stacked experts as PEFT keeps them, (experts * rank, in) and (out, rank * experts)."""
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
+def unfolded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `folded`."""
+    return a.unflatten(0, (-1, rank)), b.unflatten(1, (rank, -1)).permute(2, 0, 1)
 
 
 def _maps(tensors: Mapping[str, Tensor], suffix: str) -> list[str]:

@@ -73,6 +73,7 @@ def export(request: Request) -> list[dict[str, Any]]:
         raise UserError(f"{request.output} exists and holds something; name another --output_dir")
     factors = {name: adapter.factors(task) for name, task in tasks.items()}
     _check_quantized(request)
+    _check_served_form(request, factors)
     building = request.output.with_name(f".{request.output.name}.building")
     shutil.rmtree(building, ignore_errors=True)  # left by an export that was killed
     is_first = not building.parent.exists()
@@ -116,10 +117,19 @@ def _check_quantized(request: Request) -> None:
         )
 
 
+def _check_served_form(request: Request, factors: Mapping[str, Factors]) -> None:
+    stacked = [name for own in factors.values() for name, (a, _) in own.items() if a.dim() == 3]
+    if request.form == "padded" and stacked:
+        raise UserError(
+            f"--form padded is for servers, which read a pair of matrices for each map; {stacked[0]} has a pair for "
+            "each expert: use --form lora, which PEFT reads, or --form merged"
+        )
+
+
 def _write(request: Request, adapter: Adapter, factors: Mapping[str, Factors], root: Path) -> dict[str, dict[str, int]]:
     """Write every task's folder; returns the rank of every map by task."""
     subject = request.subject
-    ranks = {name: {key: len(a) for key, (a, _) in own.items()} for name, own in factors.items()}
+    ranks = {name: {key: a.shape[-2] for key, (a, _) in own.items()} for name, own in factors.items()}
     for name in factors:
         task_folder(request, root, name).mkdir(exist_ok=True)
     if request.form == "adapter":

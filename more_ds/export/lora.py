@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from more_ds.checkpoint_files import ADAPTER, ADAPTER_CONFIG
 from more_ds.errors import UserError
-from more_ds.export.factors import PREFIX, Factors
+from more_ds.export.factors import PREFIX, Factors, folded
+from more_ds.tuners.stacked_weights import WEIGHTS
 
 
 def write_lora(
@@ -41,35 +43,50 @@ def write_lora(
         base: name or folder of the base model, for the configuration.
         dtype: of the tensors.
         rank: None: every map keeps the rank that the task uses, as `rank_pattern`; a number: all maps are padded to
-            it with zeros, for servers that need one rank.
+            it with zeros, for servers that need one rank. Stacked experts are always padded, to the highest rank of
+            any: PEFT would say of patterns for them that they are ignored, although they are not.
         transposed: the base keeps its weights as (in, out), as GPT-2 does.
 
     Raises:
         UserError: a map uses a higher rank than `rank`.
     """
-    ranks = {name: len(a) for name, (a, _) in factors.items()}
+    ranks = {name: a.shape[-2] for name, (a, _) in factors.items()}
+    stacked = {name: r for name, r in ranks.items() if factors[name][0].dim() == 3}
     highest = max(ranks, key=ranks.__getitem__)
     if rank is not None and ranks[highest] > rank:
         raise UserError(
             f"--rank {rank} is less than the rank {ranks[highest]} that {highest} uses; give {ranks[highest]}"
         )
+    common = rank or max(stacked.values(), default=0) or Counter(ranks.values()).most_common(1)[0][0]
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
-        if rank is not None:
-            a = torch.nn.functional.pad(a, (0, 0, 0, rank - len(a)))
-            b = torch.nn.functional.pad(b, (0, rank - b.shape[1]))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to(dtype).contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.to(dtype).contiguous()
-    common = rank or Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {} if rank is not None else {re.escape(name): r for name, r in ranks.items() if r != common}
+        place = name
+        if rank is not None or name in stacked:
+            a = torch.nn.functional.pad(a, (0, 0, 0, common - a.shape[-2]))
+            b = torch.nn.functional.pad(b, (0, common - b.shape[-1]))
+        if name in stacked:
+            a, b = folded(a, b)
+            place = _place(name, stacked)
+        tensors[f"{PREFIX}{place}.lora_A.weight"] = a.to(dtype).contiguous()
+        tensors[f"{PREFIX}{place}.lora_B.weight"] = b.to(dtype).contiguous()
+    linear = {name: r for name, r in ranks.items() if name not in stacked}
+    pattern = {} if rank is not None else {re.escape(name): r for name, r in linear.items() if r != common}
     config = LoraConfig(
         r=common, lora_alpha=common, rank_pattern=pattern, alpha_pattern=dict(pattern), lora_dropout=0.0, bias="none",
-        target_modules=_targets(trained, ranks), base_model_name_or_path=base, task_type=trained.task_type,
+        target_modules=sorted(linear) if stacked else _targets(trained, ranks),
+        target_parameters=sorted(stacked) or None, base_model_name_or_path=base, task_type=trained.task_type,
         inference_mode=True, fan_in_fan_out=transposed,
     )  # fmt: skip
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
     content = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _place(name: str, stacked: Mapping[str, int]) -> str:
+    """Where PEFT keeps the pair of a stacked weight: it wraps a module once for each, in their order."""
+    module, _, weight = name.rpartition(".")
+    later = WEIGHTS[WEIGHTS.index(weight) + 1 :]
+    return module + ".base_layer" * sum(f"{module}.{other}" in stacked for other in later)
 
 
 def _targets(trained: PeftConfig, ranks: dict[str, int]) -> list[str]:

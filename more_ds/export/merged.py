@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from more_ds import log
 from more_ds.errors import UserError
 from more_ds.export.factors import Factors
+from more_ds.export.layout import Share, stacked_shares
 from more_ds.model import without_weights
 
 INDEX = "model.safetensors.index.json"
@@ -54,9 +55,9 @@ def write_merged(
             with another.
     """
     shards = _shards(base)
-    names = _tensor_names(base, shards, factors, model_config)
+    shares = _shares_of_files(base, shards, factors, model_config)
     seen = _dequantizers(quantized, _keys(base, shards)) if quantized is not None else {}
-    left = dict(factors)
+    left = dict(shares)
     for shard in log.progress(shards, label):
         with safe_open(base / shard, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -64,21 +65,15 @@ def write_merged(
         dtypes = {k: (dtype if v.is_floating_point() else None) or v.dtype for k, v in tensors.items()}
         for key in seen.keys() & tensors.keys():
             tensors[key] = seen[key]()
-        for key, (name, transposed) in names.items():
-            if key in tensors:
-                tensors[key] = _added(tensors[key], *left.pop(name), transposed=transposed)
+        for key in shares.keys() & tensors.keys():
+            share = left.pop(key)
+            tensors[key] = share.added(tensors[key], *factors[share.name])
         # Once, at the end: what was added up in float32 is not to go through a narrower type into a wider one.
         tensors = {k: v.to(dtypes[k]) for k, v in tensors.items()}
         save_file(tensors, folder / shard, metadata=metadata or {"format": "pt"})
     if left:
-        raise UserError(f"the files in {base} hold no weight of {sorted(left)[0]}; the model's index is out of date")
+        raise UserError(f"the files in {base} no longer hold {sorted(left)[0]}; something writes to them")
     _copy_rest(base, folder, shards, dtype)
-
-
-def _added(weight: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> Tensor:
-    """W + B A in float32; `transposed`: the file keeps W as (in, out)."""
-    delta = b @ a
-    return weight.float() + (delta.T if transposed else delta)
 
 
 def _shards(base: Path) -> list[str]:
@@ -89,8 +84,8 @@ def _shards(base: Path) -> list[str]:
     raise UserError(f"no {WEIGHTS} in {base}; save the base model as safetensors first (save_pretrained does)")
 
 
-def _tensor_names(base: Path, shards: list[str], factors: Factors, model_config: Any) -> dict[str, tuple[str, bool]]:
-    """Names in the files of the adapted weights -> their maps, and whether they are kept transposed."""
+def _shares_of_files(base: Path, shards: list[str], factors: Factors, model_config: Any) -> dict[str, Share]:
+    """Names in the files of the adapted weights -> what they hold of which map."""
     if getattr(model_config, "quantization_config", None) is not None:
         raise UserError(
             f"the weights in {base} are quantised, and no update can be added to them; export --form lora, or give the "
@@ -99,14 +94,15 @@ def _tensor_names(base: Path, shards: list[str], factors: Factors, model_config:
     model = without_weights(model_config)
     keys = _keys(base, shards)
     tied = _tied(model)
-    found = {}
-    for name in factors:
+    stacked = {name for name, (a, _) in factors.items() if a.dim() == 3}
+    found = stacked_shares(model, stacked, keys, base) if stacked else {}
+    for name in factors.keys() - stacked:
         match = _match(f"{name}.weight", f"{model.base_model_prefix}.", keys)
         if match is None:
             raise UserError(f"the files in {base} hold no '{name}.weight'; is this the base model of the adapter?")
         if name in tied:
             raise UserError(f"the weight of {name} is also that of {tied[name]}: merged, both would change; untie them")
-        found[match] = name, isinstance(model.get_submodule(name), Conv1D)
+        found[match] = Share(name, isinstance(model.get_submodule(name), Conv1D))
     return found
 
 

@@ -92,6 +92,6 @@ def _count(study: Study, arm: Arm, common: Mapping[str, Any]) -> tuple[int | Non
     try:
         check_together(config.method, encoder_decoder=shape.is_encoder_decoder)
         adapter = adapter_config(config.method, config.adapter, names, shape)
-        return sum(plan.count(shape, adapter, False)[0].values()), len(names)
+        return sum(plan.count(shape, adapter, False).trainable.values()), len(names)
     except UserError:
         return None, len(names)

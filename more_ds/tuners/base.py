@@ -27,6 +27,11 @@ TASK_IDS = "tuner_task_ids"
 UPDATE = "update"
 """The name under which the layers of our tuners keep what they train, by adapter."""
 
+PARTITIONED = "the base weight is partitioned by ZeRO-3; merge the saved adapter in a process of its own"
+"""Why nothing is merged into weights that are not here."""
+NOT_FINITE = "the merged weight is not finite; the adapter seems to be broken"
+"""Why a careful merge leaves the weights as they were."""
+
 
 def register(name: str, config_cls: type, model_cls: type[BaseTuner]) -> None:
     """Make a tuner known to PEFT, so that `get_peft_model` and `PeftModel.from_pretrained` build it.
@@ -115,16 +120,23 @@ class MergesByTask(BaseTunerLayer):
         """Add the update of the context's merge task to the base weight, in float32."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name in getattr(self, self.adapter_layer_names[0]):
-                delta = self.get_delta_weight(name, self.context.merged_task)
-                self._memory.append(add_to_base(self, delta, safe_merge))
+                self._memory.append(self._add(name, safe_merge))
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Put the base weight back, to the bit."""
         while self.merged_adapters:
             self.merged_adapters.pop()
-            restore_base(self, self._memory.pop())
+            self._restore(self._memory.pop())
         self.context.merged_task = None
+
+    def _add(self, name: str, safe: bool) -> Any:
+        """Add an adapter's update to the base weight and return what `_restore` needs; see `add_to_base`."""
+        return add_to_base(self, self.get_delta_weight(name, self.context.merged_task), safe)
+
+    def _restore(self, memory: Any) -> None:
+        """Undo `_add`."""
+        restore_base(self, memory)
 
 
 def check_task(task: int | None, num_tasks: int) -> int:
@@ -157,11 +169,11 @@ def add_to_base(layer: BaseTunerLayer, delta: Tensor, safe: bool) -> Any:
     refuse_packed(base, backend)
     weight = base.weight
     if weight.numel() == 0:
-        raise ValueError("the base weight is partitioned by ZeRO-3; merge the saved adapter in a process of its own")
+        raise ValueError(PARTITIONED)
     whole = backend.get_base_weight(base) if backend is not None else weight.data
     merged = at_least_float32(whole) + (delta.T if isinstance(base, Conv1D) else delta)
     if safe and not torch.isfinite(merged).all():
-        raise ValueError("the merged weight is not finite; the adapter seems to be broken")
+        raise ValueError(NOT_FINITE)
     # The attributes too: bitsandbytes marks the old weight as not quantised when it makes another of it.
     memory = (base, weight, dict(weight.__dict__), copy.copy(getattr(base, "state", None)))
     if backend is not None:

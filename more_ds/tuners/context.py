@@ -118,6 +118,14 @@ class TaskContext:
             return weights.view(len(x), -1, x.shape[1])
         return repeat_rows(weights, len(x)).unsqueeze(1)
 
+    def by_example(self, tokens: Tensor, role: str) -> Tensor:
+        """(tokens, width) of a module that reads a flattened batch -> (batch, length, width)."""
+        mask = self._masks.get(role)
+        if mask is not None and len(tokens) % mask.shape[1] == 0:
+            return tokens.view(-1, mask.shape[1], tokens.shape[1])
+        rows = 1 if self.task_ids is None or len(tokens) % len(self.task_ids) else len(self.task_ids)
+        return tokens.view(rows, -1, tokens.shape[1])
+
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Dropout with probability p; maps that read the same tensor one after the other share one mask."""
         if p == 0:

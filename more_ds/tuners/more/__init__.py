@@ -18,6 +18,7 @@ published code. What differs from that code:
 - the adapter merges exactly, for a chosen task;
 - equation 8 is used with the minus sign; embeddings narrower than the input are compared with a fixed random
   projection of it.
+Experts whose weights are stacked in one module have an A and a B each, and share the gate (`stacked.py`).
 Where paper and code disagree, `MoreConfig` has a switch whose default is the paper's.
 """
 

@@ -189,6 +189,11 @@ class Step:
             self._pooled.update((layer.key, pooled) for layer in group.maps)
         return parts
 
+    @property
+    def num_compared(self) -> int:
+        """Number of maps that the contrastive loss is a mean over."""
+        return len(self._pooled)
+
     def contrastive_loss(self) -> Tensor | None:
         """lambda times the mean of the contrastive loss over the maps that were run; None if there is none."""
         self._waiting.clear()

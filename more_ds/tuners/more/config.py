@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 
@@ -32,6 +32,9 @@ class MoreConfig(PeftConfig):
     Raises:
         ValueError: a value is out of range, or a switch has no such setting.
     """
+
+    names_weights: ClassVar[bool] = True
+    """Whether `target_modules` may name stacked weights."""
 
     r: int = field(default=8, metadata={"help": "Maximal rank, and the number of experts."})
     lora_alpha: float = field(default=32, metadata={"help": "The update is multiplied by lora_alpha / r."})
@@ -99,6 +102,13 @@ class MoreConfig(PeftConfig):
         default="all-linear",
         metadata={"help": TARGETS},
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Stacked weights of experts, by name, e.g. `mlp.experts.gate_up_proj`. None: those that "
+            "`target_modules` matches too, which `ffn` and `attention+ffn` do; `all-linear` means modules alone."
+        },
+    )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or a regular expression."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layers' list."})
@@ -142,6 +152,8 @@ class MoreConfig(PeftConfig):
             raise ValueError(f"MoreConfig.temperature is {self.temperature}; it must be positive")
         if self.task_names is not None and len(self.task_names) != self.num_tasks:
             raise ValueError(f"MoreConfig.task_names has {len(self.task_names)} names for num_tasks={self.num_tasks}")
+        if isinstance(self.target_parameters, str):
+            raise ValueError("MoreConfig.target_parameters is text; give a list of names")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("MoreConfig.layers_pattern is given without layers_to_transform; give both or neither")
 

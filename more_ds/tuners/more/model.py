@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
+from peft.utils import _get_submodules
 from torch import Tensor, nn
 
 from more_ds.errors import suggest
@@ -14,8 +17,11 @@ from more_ds.tuners.linear import is_linear
 from more_ds.tuners.more.bank import Bank, Step
 from more_ds.tuners.more.config import MoreConfig
 from more_ds.tuners.more.feedforward import save_memory
+from more_ds.tuners.more.gated import GatedMap
 from more_ds.tuners.more.layer import MoreLinear
+from more_ds.tuners.more.stacked import MoreExperts, StackedMap
 from more_ds.tuners.routed import RoutedModel
+from more_ds.tuners.stacked_weights import is_named, stacked_experts
 
 CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
 """Names under which encoder-decoder models keep the attention whose keys and values read the encoder."""
@@ -23,13 +29,13 @@ KEYS_AND_VALUES = ("k", "v", "k_proj", "v_proj", "key", "value")
 
 
 class MoreModel(RoutedModel):
-    """A model whose linear maps carry a mixture of low-rank experts.
+    """A model whose linear maps, and stacked experts, carry a mixture of low-rank experts.
 
     In training mode `outputs.loss` is the base model's loss plus `contrastive_weight` times the contrastive loss.
     """
 
     prefix = "more_"
-    tuner_layer_cls = MoreLinear
+    tuner_layer_cls = GatedMap
     auxiliary_name = "contrastive"
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -55,6 +61,41 @@ class MoreModel(RoutedModel):
         layer = MoreLinear(target, self.context, _role(current_key, self._is_encoder_decoder()), current_key)
         self._put(layer, adapter_name, peft_config, parent, target_name, target)
 
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        found = super()._check_target_module_exists(peft_config, key)
+        # Under the name of a stacked weight there is a module once an adapter has it; it is no target of its own.
+        return found and not isinstance(self.model.get_submodule(key), StackedMap)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt the stacked weights that `target_parameters` names; returns their full names."""
+        found: list[str] = []
+        is_encoder_decoder = self._is_encoder_decoder()
+        for experts in list(stacked_experts(model)):
+            keys = [key for key in experts.keys if is_named(key, peft_config.target_parameters)]
+            if not keys:
+                continue
+            parent, target, own_name = _get_submodules(model, experts.name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                is_new = not isinstance(target, MoreExperts)
+                role = _role(keys[0], is_encoder_decoder)
+                layer = MoreExperts(experts, self.context, role) if is_new else cast(MoreExperts, target)
+                for key in keys:
+                    layer.adapt(key.rpartition(".")[2], adapter_name, peft_config)
+            if is_new:
+                if adapter_name not in self.active_adapters:
+                    layer.requires_grad_(False)
+                self._replace_module(parent, own_name, layer, experts.module)
+            found += keys
+        return found
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, MoreExperts):  # it has no `weight` that could be handed on
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def inject_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Add an adapter, as in PEFT."""
         result = super().inject_adapter(*args, **kwargs)
@@ -78,8 +119,11 @@ class MoreModel(RoutedModel):
             return None
         name, config = names[0], self.peft_config[names[0]]
         if name not in self.context.banks:
-            self.context.banks[name] = Bank(self._layers(name), name, self.context)
-        bank: Bank = self.context.banks[name]
+            linear = [layer for layer in self._layers(name) if isinstance(layer, MoreLinear)]
+            self.context.banks[name] = Bank(linear, name, self.context) if linear else None
+        bank: Bank | None = self.context.banks[name]
+        if bank is None:
+            return None
         first = bank.layers[0]
         if first.disable_adapters or first.merged or not bank.serves(first.training):
             return None
@@ -88,11 +132,17 @@ class MoreModel(RoutedModel):
         return bank.begin(rows, first.training, fused)
 
     def _auxiliary(self) -> Tensor | None:
-        if self.context.step is not None:
-            self.context.is_recording = False
-            return self.context.step.contrastive_loss()
-        weighted = [self._contrast(self.peft_config[name], maps) for name, maps in self.context.collect().items()]
-        return torch.stack(weighted).sum() if weighted else None
+        step: Step | None = self.context.step
+        recorded = self.context.collect()
+        weighted = [self._contrast(self.peft_config[name], maps) for name, maps in recorded.items()]
+        together = step.contrastive_loss() if step is not None else None
+        if step is None or together is None:
+            return torch.stack(weighted).sum() if weighted else None
+        if not weighted:
+            return together
+        # One adapter: the maps of its bank, and those of stacked experts, which work alone.
+        alone = sum(map(len, recorded.values()))
+        return (together * step.num_compared + weighted[0] * alone) / (step.num_compared + alone)
 
     def _contrast(self, config: MoreConfig, maps: list[tuple[Tensor, ...]]) -> Tensor:
         """lambda times the mean of the contrastive loss over the maps; maps of one shape in one operation."""
@@ -168,8 +218,8 @@ class MoreModel(RoutedModel):
         for layer in self._layers(adapter_name):
             layer.train_alone(adapter_name, task)
 
-    def _layers(self, adapter_name: str) -> list[MoreLinear]:
-        return [m for m in self.model.modules() if isinstance(m, MoreLinear) and adapter_name in m.more_A]
+    def _layers(self, adapter_name: str) -> list[GatedMap]:
+        return [m for m in self.model.modules() if isinstance(m, GatedMap) and adapter_name in m.more_A]
 
     def ranks(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """The task-to-rank table: (tasks,) from 1 to r, by the name of the adapted map."""

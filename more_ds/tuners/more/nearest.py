@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from more_ds.tuners.more.layer import MoreLinear
+from more_ds.tuners.more.gated import GatedMap
 from more_ds.tuners.more.model import MoreModel
 
 
@@ -27,11 +27,11 @@ def similarities(model: MoreModel, adapter_name: str = "default") -> Iterator[di
     """
     if model.context.merged_task is not None:
         raise ValueError("a task is merged into the weights; call unmerge_adapter() first")
-    layers = [m for m in model.model.modules() if isinstance(m, MoreLinear) and m.compares(adapter_name)]
+    layers = [m for m in model.model.modules() if isinstance(m, GatedMap) and m.compares(adapter_name)]
     seen: dict[str, Tensor] = {}
 
     def note(layer: Any, inputs: tuple[Any, ...]) -> None:
-        seen[layer.key] = layer.similarity(adapter_name, inputs[0])
+        seen[layer.key] = layer.similarity(adapter_name, layer.reads(*inputs))
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
