@@ -9,6 +9,7 @@ override it. --dry_run prints the plan and stops.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,9 @@ def begin(the_plan: plan.Plan, ranks: Ranks, folder: RunFolder, stop: Stop, trus
     ds_config = with_monitors(the_plan.ds_config, config.report_to, folder.path / "monitors")
     if ranks.rank == 0:
         folder.create(config, ds_config, report.facts(the_plan, ranks))
+        if "wandb" in config.report_to:  # which writes where it was started, unless it is told
+            (folder.path / "monitors").mkdir(exist_ok=True)
+            os.environ.setdefault("WANDB_DIR", str(folder.path / "monitors"))
     sharding = shard_while_loading(ds_config)
     base: Any = load_base(
         config.model,

@@ -178,7 +178,6 @@ def load(path: Path, engine: Any) -> dict[str, Any]:
     for kind in (MASTER, *numbers.moments):
         numbers.set(kind, values.get(kind))
     _set_buffers(trained, values.get(MASTER), engine.device)
-    # DeepSpeed's monitors count by these.
     engine.global_steps = record["step"]
     engine.global_samples = record["step"] * engine.train_batch_size()
     engine.micro_steps = record["step"] * engine.gradient_accumulation_steps()

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -155,6 +156,15 @@ def start(model: nn.Module, config: RunConfig, ds_config: dict[str, Any], ranks:
     if not ranks.on_gpu:
         model.to(ranks.device)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)[0]
+
+
+def take_monitor(engine: Any) -> Any:
+    """DeepSpeed's monitors, which the engine itself no longer writes to.
+
+    It counts samples where a run counts steps, and W&B drops what comes with a lower number than what came before.
+    """
+    monitor, engine.monitor = engine.monitor, SimpleNamespace(enabled=False)
+    return monitor
 
 
 def learning_rate(config: RunConfig, step: int, total: int) -> float:

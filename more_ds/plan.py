@@ -34,6 +34,7 @@ from more_ds.model import (
     without_weights,
 )
 from more_ds.plan_checks import (
+    check_monitors,
     check_paged,
     check_row,
     check_start,
@@ -157,6 +158,7 @@ def make(
     check_quantised(model_config, config.quantization, dtype=dtype, zero3=zero3, on_gpu=on_gpu)
     names = [task.name for task in tasks]
     check_start(config)
+    check_monitors(config.report_to)
     options, fill = with_sources(config)
     adapter = adapter_config(config.method, options, names, model_config)
     check_together(

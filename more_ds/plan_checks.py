@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,12 @@ def check_paged(optim: str, ds_config: Mapping[str, Any], on_gpu: bool) -> None:
         why = "the ds_config keeps its state in host memory" if offloads else "there is none"
         other = "adamw_bnb_8bit" if optim == "paged_adamw_8bit" else "adamw_torch"
         raise UserError(f"{optim} makes room on a GPU, and {why}; use --optim {other}")
+
+
+def check_monitors(report_to: Sequence[str]) -> None:
+    """Refuse W&B where it is not installed; what the other monitors need comes with this package."""
+    if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
+        raise UserError("report_to names wandb, and there is no such package; pip install wandb, or leave it out")
 
 
 def check_start(config: RunConfig) -> None:

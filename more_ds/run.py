@@ -20,7 +20,7 @@ from more_ds.checkpoint_files import base_identity, is_complete, name_of, newest
 from more_ds.collective import on_rank_zero
 from more_ds.compare.bootstrap import RESAMPLES
 from more_ds.data.mixture import Mixture
-from more_ds.engine import Ranks, gathered
+from more_ds.engine import Ranks, gathered, take_monitor
 from more_ds.errors import NonFiniteError
 from more_ds.evaluate import evaluate
 from more_ds.export.whole import write_model
@@ -44,6 +44,7 @@ class Run:
         """Join the parts of a run; `text_model.module` is the DeepSpeed engine."""
         self.plan, self.ranks, self.folder, self.text_model, self.stop = plan, ranks, folder, text_model, stop
         self.engine: Any = text_model.module
+        self.monitor = take_monitor(self.engine)
         self.after_step = AfterStep(self.engine)
         multiple = plan.config.pad_to_multiple_of or (8 if ranks.on_gpu else 1)
         collator = replace(text_model.collator, multiple=multiple, flat=plan.config.padding_free)
@@ -60,8 +61,8 @@ class Run:
         step = self.progress.step
         if self.ranks.rank == 0:
             self.folder.log({"step": step, "epoch": round(step / self.plan.sampler.steps_per_epoch, 4), **row})
-        if self.engine.monitor.enabled:
-            self.engine.monitor.write_events([(name, value, step) for name, value in log.numbers(row)])
+        if self.monitor.enabled:
+            self.monitor.write_events([(name, value, step) for name, value in log.numbers(row)])
 
     def begin(self) -> None:
         """Note what the untrained gates choose; rows of a run that ended before its first checkpoint go."""

@@ -191,6 +191,40 @@ def test_the_run_notes_its_gates_and_tells_the_monitors(place: Path) -> None:
     assert all(part["label_tokens"] == 3 * part["examples"] < part["tokens"] for part in parts)
 
 
+WANDB = """
+import json, os, pathlib
+def init(**options): note(options)
+def log(data, step=None, commit=None): note([step, *data])
+def note(value):
+    with open(pathlib.Path(os.environ["WANDB_DIR"]) / "seen.jsonl", "a") as file:
+        file.write(json.dumps(value) + "\\n")
+"""
+
+
+def test_wandb_is_told_in_the_order_of_steps(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It drops what comes with a step below the last one's."""
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = run(place, "wandb", "--report_to", "wandb,csv")
+    begun, *seen = [json.loads(line) for line in (folder / "monitors" / "seen.jsonl").read_text().splitlines()]
+    assert begun["project"] == "more_ds"
+    steps = [step for step, _ in seen]
+    assert steps == sorted(steps)
+    noted = [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["step"] <= 4]
+    assert set(steps) == {row["step"] for row in noted}
+    assert {"train/loss", "train/learning_rate", "train/gates/distinct_ranks"} <= {name for _, name in seen}
+
+
+def test_a_monitor_that_is_not_there_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    arguments = ["--recipe", str(place / "recipe.yaml"), "--output_dir", str(place / "none"), "--report_to", "wandb"]
+    assert train.main(arguments) == 2
+    assert "pip install wandb" in capsys.readouterr().err
+
+
 def test_a_run_that_begins_anew_forgets_its_first_try(place: Path) -> None:
     folder = RunFolder(place / "anew")
     folder.path.mkdir()
