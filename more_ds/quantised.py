@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from more_ds.errors import UserError
 
@@ -19,6 +23,20 @@ def quantiser(config: Any) -> str | None:
         return None
     method = section.get("quant_method") if isinstance(section, Mapping) else section.quant_method
     return str(getattr(method, "value", method))
+
+
+@contextmanager
+def with_weights(model: nn.Module) -> Iterator[None]:
+    """Let packed maps under adapters have a `weight`, None, which PEFT's `unload` asks what it puts back for."""
+    bases: set[Any] = {m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    packed = [base for base in bases if not hasattr(base, "weight")]
+    for base in packed:
+        base.weight = None
+    try:
+        yield
+    finally:
+        for base in packed:
+            del base.weight
 
 
 def check_quantised(config: Any, quantization: str, *, dtype: str, zero3: bool = False, on_gpu: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Bases that come quantised: with a stand-in for GPTQ's linear map, since its package needs a GPU to build."""
+"""Bases that come quantised: with a stand-in for GPTQ's linear map, since the tests do not install its package."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from tiny_models import base_model, tokenizer
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from launch import train
 from more_ds.errors import UserError
 from more_ds.methods import METHODS, adapter_config
 from more_ds.model import attach
-from more_ds.quantised import check_quantised, quantiser
+from more_ds.quantised import check_quantised, quantiser, with_weights
 from more_ds.tuners.linear import name_targets
 
 IDS = torch.tensor([[2, 40, 41, 60, 61, 9], [2, 50, 11, 12, 13, 14]])
@@ -109,6 +110,19 @@ def test_every_method_computes_what_it_does_on_plain_maps(method: str, tmp_path:
     if METHODS[method].merges != "no":
         with pytest.raises(ValueError, match=r"TorchQuantLinear keeps packed integers.*--form lora"):
             adapters[0].merge_adapter(**({"task": 0} if "task" in METHODS[method].merges else {}))
+    with torch.no_grad():
+        assert torch.equal(adapters[0].unload()(input_ids=IDS).logits, quantised()(input_ids=IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_pefts_unload_finds_weights_in_packed_maps_for_as_long_as_it_looks() -> None:
+    base = quantised()
+    packed = [m for m in base.modules() if isinstance(m, TorchQuantLinear)]
+    model: Any = get_peft_model(base, adapter_config("more", {}, ["a", "b"], base.config))
+    with with_weights(model):
+        assert all(hasattr(m, "weight") for m in packed)
+        BaseTuner._replace_module(model.base_model, base.model, "norm", packed[0], packed[0])
+    assert not any(hasattr(m, "weight") for m in packed)
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")

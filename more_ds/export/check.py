@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from more_ds.errors import TrainingError
 from more_ds.model import auto_class
+from more_ds.quantised import with_weights
 from more_ds.text_model import TextModel
 
 ROWS, LENGTH, SEED = 4, 24, 0
@@ -35,7 +36,8 @@ def lora_difference(base: nn.Module, folder: Path, expected: Tensor) -> float:
     try:
         return compare(_logits(model, model.get_base_model().config, next(base.parameters()).device, {}), expected)
     finally:
-        model.unload()
+        with with_weights(model):
+            model.unload()
 
 
 def merged_difference(folder: Path, config: Any, expected: Tensor) -> float:

@@ -24,6 +24,7 @@ from more_ds.export.lora import check_served, write_lora
 from more_ds.export.merged import write_merged
 from more_ds.loading import Subject, load_text_model
 from more_ds.model import DTYPES, load_base, read_model_config, without_weights
+from more_ds.quantised import with_weights
 from more_ds.text_model import TextModel
 
 Form = Literal["lora", "padded", "merged", "adapter"]
@@ -205,7 +206,8 @@ def _differences(request: Request, tasks: Mapping[str, int], root: Path) -> dict
         found = {name: float((exported[name] - expected[name]).abs().max()) for name in tasks}
     else:
         peft: Any = text_model.peft
-        base = peft.unload()
+        with with_weights(peft):
+            base = peft.unload()
         for name in tasks:
             folder = root / name
             found[name] = (

@@ -252,12 +252,6 @@ class MixLoraModel(UpdateModel):
         layer = MixLoraFFN(target, self.context, current_key, TARGET if in_decoder else SOURCE)
         self._put(layer, adapter_name, peft_config, parent, target_name, target)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, MixLoraFFN):  # PEFT would look for the weight of a map
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
-
     def _begin(
         self, task_ids: Tensor | None, prompt_mask: Tensor | None, inputs: dict[str, Any], decoding: bool = False
     ) -> None:

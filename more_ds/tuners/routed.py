@@ -48,6 +48,12 @@ class RoutedModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: Any) -> None:
+        if new_module is getattr(child, "base_layer", None):
+            setattr(parent, child_name, new_module)  # PEFT asks for its `weight`, which packed maps and experts lack
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def forward(
         self, *args: Any, task_ids: Tensor | None = None, prompt_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:

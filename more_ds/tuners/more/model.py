@@ -90,12 +90,6 @@ class MoreModel(RoutedModel):
             found += keys
         return found
 
-    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(child, MoreExperts):  # it has no `weight` that could be handed on
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
-
     def inject_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Add an adapter, as in PEFT."""
         result = super().inject_adapter(*args, **kwargs)
