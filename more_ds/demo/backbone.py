@@ -25,7 +25,7 @@ from more_ds.pretrain.shapes import Sizes, llama, t5
 from more_ds.pretrain.spans import Batch
 from more_ds.pretrain.tokenizer import Kind
 
-STEPS = {"llama": 720, "t5": 600}
+STEPS = {"llama": 650, "t5": 600}
 TEXT_SEED = 17
 SIZES = {"llama": Sizes(128, 256, layers=4, heads=4), "t5": Sizes(128, 256, layers=3, heads=4)}
 PEAK_LR = {"llama": 2e-3, "t5": 2e-2}
