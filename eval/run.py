@@ -155,7 +155,7 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
             raise UserError("--infer_task and --as_task both say how examples are routed; give one of the two")
     task_ids = subject.task_ids if arguments.infer_task else _routes(subject, tasks, arguments.as_task)
     golds = {task.name: _train_golds(arguments, subject, task) for task in tasks}
-    plain = arguments.plain_prompts or bool(run.get("plain_prompts"))
+    plain = arguments.plain_prompts or bool(subject.reading.get("plain_prompts"))
     names = [*arguments.suite, arguments.tasks, Path(arguments.tasks_file or "").stem]
     what = "-".join(",".join(filter(None, names)).split(",")) or "tasks"
     return _Plan(
@@ -168,8 +168,8 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
         dtype=choose_dtype(subject, arguments.dtype, arguments.device),
         device=arguments.device,
         lengths=(
-            arguments.max_source_length or run.get("max_source_length"),
-            arguments.max_target_length or run.get("max_target_length", 128),
+            arguments.max_source_length or subject.reading.get("max_source_length"),
+            arguments.max_target_length or subject.reading.get("max_target_length", 128),
         ),
         plain_prompts=plain,
         output=Path(arguments.output_dir or subject.folder / f"{what}-{arguments.split}"),

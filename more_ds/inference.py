@@ -78,8 +78,8 @@ class Inference:
             subject,
             dtype=choose_dtype(subject, dtype, device),
             device=device,
-            max_source_length=max_source_length or subject.run.get("max_source_length"),
-            max_target_length=subject.run.get("max_target_length", 128),
+            max_source_length=max_source_length or subject.reading.get("max_source_length"),
+            max_target_length=subject.reading.get("max_target_length", 128),
         )
         return cls(text_model, subject.task_ids)
 

@@ -83,8 +83,8 @@ class MoreDsLM(LM):
             subject,
             dtype=choose_dtype(subject, dtype, device),
             device=device,
-            max_source_length=max_source_length or subject.run.get("max_source_length"),
-            max_target_length=max_target_length or subject.run.get("max_target_length", 128),
+            max_source_length=max_source_length or subject.reading.get("max_source_length"),
+            max_target_length=max_target_length or subject.reading.get("max_target_length", 128),
         )
         self._device = self.text_model.device
 

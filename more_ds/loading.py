@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from more_ds.text_model import TextModel
 from more_ds.trained import find_trained
 
 SLOTS = ("best", "last")
+EXPORT = "export.json"
+"""What an export says of itself, in its folder."""
+READING = ("max_source_length", "max_target_length", "plain_prompts")
+"""Settings of a run that decide how a prompt reaches the model: with others, the same adapter has other scores."""
 """Where a run keeps its adapters, the better one first."""
 SOURCE_LENGTH = 384
 """Most tokens of a prompt for a model that comes without a run."""
@@ -42,6 +46,7 @@ class Subject:
         adapter_config: its PEFT configuration.
         run: the configuration of the run that trained it; empty if there is none.
         folder: where results belong by default.
+        reading: of `READING` what is known of the run or, for an exported folder, of the run that it is from.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Subject:
     adapter_config: PeftConfig | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = Path("eval_results")
+    reading: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def task_ids(self) -> dict[str, int]:
@@ -71,6 +77,11 @@ def find_subject(name: str, base_model: str | None = None) -> Subject:
     Raises:
         UserError: a run without an adapter, a damaged file, or an adapter that does not name its base model.
     """
+    subject = _find(name, base_model)
+    return replace(subject, reading=_reading(subject.run, subject.adapter or Path(name)))
+
+
+def _find(name: str, base_model: str | None) -> Subject:
     folder = Path(name)
     run = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
     adapter = next((folder / slot for slot in SLOTS if (folder / slot / ADAPTER_CONFIG).is_file()), None)
@@ -92,6 +103,15 @@ def find_subject(name: str, base_model: str | None = None) -> Subject:
         raise UserError(f"{adapter}/{ADAPTER_CONFIG} does not name its base model; give --base_model")
     home = adapter.resolve().parent if run else adapter
     return Subject(name, str(base), adapter, config, run, home / "eval")
+
+
+def _reading(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    known = run
+    for place in () if run else (folder, folder.resolve().parent):
+        if (place / EXPORT).is_file():
+            known = _json(place / EXPORT).get("reading", {})
+            break
+    return {name: known[name] for name in READING if name in known}
 
 
 def _whole_model(name: str, folder: Path, base_model: str | None, run: Mapping[str, Any]) -> Subject:

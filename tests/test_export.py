@@ -231,6 +231,22 @@ def test_the_command_line(command: ModuleType, tmp_path: Path, capsys: pytest.Ca
     assert "written to" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["lora", "merged", "adapter"])
+def test_an_export_knows_how_its_run_read_prompts(form: Any, command: ModuleType, tmp_path: Path) -> None:
+    """Cut at another length, the same adapter has other scores."""
+    base = write_base(tmp_path / "base", "llama")
+    write_adapter(tmp_path / "run" / "best", "llama", base)
+    how = {"max_source_length": 9, "max_target_length": 5, "plain_prompts": True}
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": str(base), **how}))
+    out = tmp_path / "out"
+    given = [str(tmp_path / "run"), "--form", form, "--tasks", *(["rte"] if form != "adapter" else [""])]
+    assert command.main([*given, "--output_dir", str(out)]) == 0
+    exported = find_subject(str(out / "rte" if form != "adapter" else out))
+    assert exported.reading == how
+    assert not exported.run
+    assert find_subject(str(tmp_path / "base")).reading == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

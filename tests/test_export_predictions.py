@@ -62,11 +62,18 @@ def run(models_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-def test_stock_peft_answers_as_the_run_does(run: Path, models_dir: Path, tmp_path: Path) -> None:
+def test_stock_peft_answers_as_the_run_does(run: Path, models_dir: Path, data_dir: Path, tmp_path: Path) -> None:
     base = str(models_dir / "llama-6m")
     assert evaluation.main([str(run), "--limit", str(ROWS), "--output_dir", str(tmp_path / "eval")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
     export(Request(find_subject(str(run)), "lora", (), tmp_path / "lora", check=False))
+    for task in TASKS:  # RTE's prompts are cut
+        given = [str(tmp_path / "lora" / task), "--suite", "glue", "--tasks", task, "--data_dir", str(data_dir)]
+        assert evaluation.main([*given, "--limit", str(ROWS), "--output_dir", str(tmp_path / task)]) == 0
+        again = [json.loads(line) for line in (tmp_path / task / "predictions.jsonl").read_text().splitlines()]
+        before = [row for row in rows if row["task"] == task]
+        assert [row["prediction"] for row in again] == [row["prediction"] for row in before]
+        assert [row["scores"] for row in again] == [pytest.approx(row["scores"], abs=1e-4) for row in before]
     encoder = Encoder(load_tokenizer(base), is_encoder_decoder=False, max_source_length=128, max_target_length=64)
     own = {task: [row for row in rows if row["task"] == task] for task in TASKS}
     questions = {

@@ -22,13 +22,12 @@ from more_ds.export.check import lora_difference, merged_difference, reference_l
 from more_ds.export.factors import Adapter, Factors, read_adapter
 from more_ds.export.lora import check_served, write_lora
 from more_ds.export.merged import write_merged
-from more_ds.loading import Subject, load_text_model
+from more_ds.loading import EXPORT, Subject, load_text_model
 from more_ds.model import DTYPES, load_base, read_model_config, without_weights
 from more_ds.quantised import with_weights
 from more_ds.text_model import TextModel
 
 Form = Literal["lora", "padded", "merged", "adapter"]
-REPORT = "export.json"
 _EIGHT_BITS = " (but 8 bits round the activations too)"
 
 
@@ -83,8 +82,11 @@ def export(request: Request) -> list[dict[str, Any]]:
         ranks = _write(request, adapter, factors, building)
         differences = _differences(request, tasks, building) if request.check else {}
         rows = [_row(request, name, ranks[name], factors[name], differences.get(name)) for name in tasks]
-        document = {"form": request.form, "subject": request.subject.name, "tasks": rows}
-        (building / REPORT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        document = {
+            "form": request.form, "subject": request.subject.name, "reading": dict(request.subject.reading),
+            "tasks": rows,
+        }  # fmt: skip
+        (building / EXPORT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         if request.output.exists():
             request.output.rmdir()
         os.replace(building, request.output)
