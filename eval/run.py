@@ -167,10 +167,7 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
         modes=MODES[arguments.mode],
         dtype=choose_dtype(subject, arguments.dtype, arguments.device),
         device=arguments.device,
-        lengths=(
-            arguments.max_source_length or subject.reading.get("max_source_length"),
-            arguments.max_target_length or subject.reading.get("max_target_length", 128),
-        ),
+        lengths=subject.lengths(arguments.max_source_length, arguments.max_target_length),
         plain_prompts=plain,
         output=Path(arguments.output_dir or subject.folder / f"{what}-{arguments.split}"),
     )

@@ -133,7 +133,7 @@ def _plan(arguments: argparse.Namespace, ranks: Ranks) -> _Plan:
     sizes = batch_sizes(config, ranks.world)
     options: dict[str, Any] = {
         "data_dir": arguments.data_dir or run.get("data_dir"),
-        "plain": arguments.plain_prompts or bool(run.get("plain_prompts")),
+        "plain": arguments.plain_prompts or bool(subject.reading.get("plain_prompts")),
     }
     draws = {}
     for seed in range(arguments.seeds):
@@ -221,10 +221,10 @@ def _finished(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _load(arguments: argparse.Namespace, plan: _Plan, ranks: Ranks) -> FewShot:
-    run = plan.subject.run
+    source_length, target_length = plan.subject.lengths()
     text_model = load_text_model(
-        plan.subject, dtype=plan.dtype, device=str(ranks.device), max_source_length=run.get("max_source_length"),
-        max_target_length=run.get("max_target_length", 128),
+        plan.subject, dtype=plan.dtype, device=str(ranks.device), max_source_length=source_length,
+        max_target_length=target_length,
     )  # fmt: skip
     model: Any = text_model.module
     model.add_task(plan.task.name, 0)

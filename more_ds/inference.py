@@ -74,12 +74,13 @@ class Inference:
             UserError: what `more_ds.loading` refuses.
         """
         subject = find_subject(name, base_model)
+        source_length, target_length = subject.lengths(max_source_length)
         text_model = load_text_model(
             subject,
             dtype=choose_dtype(subject, dtype, device),
             device=device,
-            max_source_length=max_source_length or subject.reading.get("max_source_length"),
-            max_target_length=subject.reading.get("max_target_length", 128),
+            max_source_length=source_length,
+            max_target_length=target_length,
         )
         return cls(text_model, subject.task_ids)
 

@@ -79,12 +79,13 @@ class MoreDsLM(LM):
             raise UserError(f"batch_size is {batch_size!r}; give a positive number")
         self._batch_size, self._end_of_answer = int(batch_size), end_of_answer
         device = device or default_device()
+        source_length, target_length = subject.lengths(max_source_length, max_target_length)
         self.text_model = load_text_model(
             subject,
             dtype=choose_dtype(subject, dtype, device),
             device=device,
-            max_source_length=max_source_length or subject.reading.get("max_source_length"),
-            max_target_length=max_target_length or subject.reading.get("max_target_length", 128),
+            max_source_length=source_length,
+            max_target_length=target_length,
         )
         self._device = self.text_model.device
 

@@ -26,11 +26,11 @@ from more_ds.text_model import TextModel
 from more_ds.trained import find_trained
 
 SLOTS = ("best", "last")
+"""Where a run keeps its adapters, the better one first."""
 EXPORT = "export.json"
 """What an export says of itself, in its folder."""
 READING = ("max_source_length", "max_target_length", "plain_prompts")
 """Settings of a run that decide how a prompt reaches the model: with others, the same adapter has other scores."""
-"""Where a run keeps its adapters, the better one first."""
 SOURCE_LENGTH = 384
 """Most tokens of a prompt for a model that comes without a run."""
 
@@ -56,6 +56,10 @@ class Subject:
     run: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = Path("eval_results")
     reading: Mapping[str, Any] = field(default_factory=dict)
+
+    def lengths(self, source: int | None = None, target: int | None = None) -> tuple[int | None, int]:
+        """Most tokens of a prompt and of an answer: what is asked for, else the run's, else None and 128."""
+        return source or self.reading.get("max_source_length"), target or self.reading.get("max_target_length", 128)
 
     @property
     def task_ids(self) -> dict[str, int]:

@@ -68,7 +68,7 @@ class Choose(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """From (batch, maps * r) to the gates and the embeddings."""
-        weight, asked, rows, p, table, chosen = ctx.saved_tensors
+        weight, asked, rows, p, multipliers, chosen = ctx.saved_tensors  # of all experts, or of the chosen ones alone
         if ctx.again is not None:
             weight, _, asked = ctx.again()
             asked = asked.index_select(1, rows) if ctx.by_row else asked
@@ -77,11 +77,11 @@ class Choose(torch.autograd.Function):
         if not ctx.by_row:
             grad = torch.zeros_like(p).index_add_(1, rows, grad)
         if chosen is None:
-            to_p = grad @ table.T
+            to_p = grad @ multipliers.T
             logits = p * (to_p - (p * to_p).sum(-1, keepdim=True))
         else:
             index = chosen.unsqueeze(-1)
-            scale = (grad * table).sum(-1, keepdim=True) * p.gather(-1, index)  # of the chosen experts' rows alone
+            scale = (grad * multipliers).sum(-1, keepdim=True) * p.gather(-1, index)
             logits = torch.mul(p, -scale).scatter_add_(-1, index, scale)
         to_asked = torch.bmm(logits, weight)
         if ctx.by_row:
