@@ -58,7 +58,10 @@ class Ranks:
             torch.set_num_threads(1)
 
     def connect(self) -> None:
-        """Form the process group. Nothing slow that one rank does alone may come after, or the others time out."""
+        """Form the process group, and wait for all ranks to be there.
+
+        Nothing slow that one rank does alone may come after, or the others time out.
+        """
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
@@ -74,6 +77,8 @@ class Ranks:
             verbose=False,
             auto_mpi_discovery=False,
         )
+        # A group may form without waiting: rank 0 would begin the folder that another still asks about.
+        self.sum(torch.zeros(()))
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, on every rank."""

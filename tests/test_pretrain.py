@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import time
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,17 @@ def test_two_ranks_learn_what_one_does(place: Path, whole: tuple[str, Path], sta
     other = weights(two)
     for name, tensor in weights(folder).items():
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-3, msg=name)
+
+
+def test_no_rank_begins_the_folder_before_all_have_looked_at_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = pretrain._check_folder
+
+    def late(settings: Any, resume: bool) -> None:
+        time.sleep(float(os.environ["RANK"]))
+        look(settings, resume)
+
+    monkeypatch.setattr(pretrain, "_check_folder", late)
+    run(place, "late", world=2)
 
 
 def test_another_seed_gives_another_model(place: Path, whole: tuple[str, Path]) -> None:
