@@ -39,6 +39,7 @@ class RunConfig:
     method: str = _option("more", "how to fine-tune: " + ", ".join(METHODS) + "; `list` describes them")
     adapter: dict[str, Any] = _option({}, "options of the method, e.g. --adapter.r 8 --adapter.gate soft")
     init_adapter: str | None = _option(None, "run or adapter folder of the same method, whose values it starts from")
+    init_like: str | None = _option(None, "of several init_adapter, a,b,c: take the prompt most like this run's (SPoT)")
     distill_from: str | None = _option(None, "folder with a prompt_tuning run for each task: they teach mpt")
     # The tasks
     suite: list[str] = _option([], "suites that come with the package, e.g. glue")

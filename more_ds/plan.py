@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig
+from peft import PeftConfig, PromptTuningConfig
 from torch import Tensor
 
 from more_ds import demo
@@ -24,7 +24,7 @@ from more_ds.distillation import read_teachers
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError
 from more_ds.loading import start_from
-from more_ds.methods import adapter_config, check_given, check_together
+from more_ds.methods import METHODS, adapter_config, check_given, check_together
 from more_ds.model import (
     attach,
     check_model,
@@ -43,6 +43,7 @@ from more_ds.plan_checks import (
     check_vocabulary,
     check_weights,
 )
+from more_ds.prompts import most_alike
 from more_ds.quantised import check_quantised, quantiser
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
@@ -157,6 +158,7 @@ def make(
     zero3 = zero_stage(ds_config) == 3
     check_quantised(model_config, config.quantization, dtype=dtype, zero3=zero3, on_gpu=on_gpu)
     names = [task.name for task in tasks]
+    config = with_start(config)
     check_start(config)
     check_monitors(config.report_to)
     options, fill = with_sources(config)
@@ -247,6 +249,26 @@ def with_demo(config: RunConfig) -> RunConfig:
     if config.data_dir is None and "demo" in config.suite:
         config = replace(config, data_dir=str(demo.prepare_data()))
     return config
+
+
+def with_start(config: RunConfig) -> RunConfig:
+    """Put the one prompt that a run starts from in the place of several.
+
+    Raises:
+        UserError: several without a prompt to compare them with, or the other way round; one holds no such prompt.
+    """
+    names = (config.init_adapter or "").split(",")
+    if (len(names) > 1) != (config.init_like is not None):
+        found = f"init_adapter names {len(names) if config.init_adapter else 'none'}"
+        raise UserError(
+            f"init_like chooses among several init_adapter, a,b,c: {found}, init_like is {config.init_like}"
+        )
+    if config.init_like is None:
+        return config
+    if METHODS[config.method].config is not PromptTuningConfig:
+        raise UserError(f"init_like compares prompts of prompt_tuning, and the method is {config.method}; leave it out")
+    length = config.adapter.get("num_virtual_tokens", METHODS[config.method].defaults["num_virtual_tokens"])
+    return replace(config, init_adapter=most_alike(config.init_like, names, length), init_like=None)
 
 
 def _load(config: RunConfig, task: Task, split: str, limit: int | None) -> list[Example]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from more_ds.compose.sources import OF_LORAS, identity
@@ -38,7 +39,9 @@ def check_start(config: RunConfig) -> None:
         return
     subject = find_subject(config.init_adapter)
     if subject.adapter is None or config.method in ("full", *OF_LORAS):
-        what = f"{config.init_adapter} holds none" if subject.adapter is None else f"{config.method} has none"
+        name = config.init_adapter
+        there = f"{name} holds none" if Path(name).is_dir() else f"there is no folder {name}"
+        what = there if subject.adapter is None else f"{config.method} has none"
         raise UserError(f"init_adapter names an adapter to start from, and {what}; leave it out")
     if identity(subject.base) != identity(config.model):
         raise UserError(f"init_adapter {config.init_adapter} was trained on {subject.base}, and not on {config.model}")

@@ -18,6 +18,7 @@ from launch import train
 from more_ds.data.encoding import Encoder
 from more_ds.methods import adapter_config
 from more_ds.model import attach
+from more_ds.prompts import likeness
 from more_ds.scoring.generation import generate
 from more_ds.scoring.likelihood import rank_options
 from more_ds.text_model import TextModel
@@ -140,6 +141,42 @@ def test_what_is_no_source_is_refused(place: Path, sources: list[str], capfd: py
     error = capfd.readouterr().err
     for message in ("attempt needs the trained prompts", "holds no prompt", "holds a prompt of 3 vectors"):
         assert message in error
+
+
+def test_a_run_starts_from_the_prompt_most_like_another(
+    place: Path, sources: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    like = str(tmp_path / "like")
+    assert run_ranks(lambda _: train.main(argv(place, "prompt_tuning", *SIZE, "--tasks", "copy", "--output_dir", like,
+                                               "--max_steps", "2")), 1) == [0]  # fmt: skip
+    prompts = [adapter(Path(name), "best")["prompt_embeddings"] for name in (like, *sources)]
+    cosines = [
+        sum(float(torch.cosine_similarity(a, b, dim=0)) for a in prompts[0] for b in other) / 9 for other in prompts[1:]
+    ]
+    nearest = sources[cosines.index(max(cosines))]
+    torch.testing.assert_close(likeness(prompts[0], torch.stack(prompts[1:])), torch.tensor(cosines))
+    capfd.readouterr()
+    for given, name in ((["--init_adapter", ",".join(sources), "--init_like", like], "chosen"),
+                        (["--init_adapter", nearest], "named")):  # fmt: skip
+        options = [*SIZE, *given, "--max_steps", "1", "--output_dir", str(tmp_path / name)]
+        assert run_ranks(lambda _, o=options: train.main(argv(place, "spot", *o)), 1) == [0]
+    assert f"likeness to {like}: {nearest} {max(cosines):.3f}, " in capfd.readouterr().out
+    assert_same_run(tmp_path / "chosen", tmp_path / "named")
+
+
+def test_several_prompts_need_one_to_choose_by(
+    place: Path, sources: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    several, like = ["--init_adapter", ",".join(sources)], ["--init_like", sources[0]]
+    for method, options, message in (
+        ("spot", several, "init_adapter names 2, init_like is None"),
+        ("prompt_tuning", like, f"init_adapter names none, init_like is {sources[0]}"),
+        ("lora", [*several, *like], "the method is lora; leave it out"),
+        ("spot", ["--init_adapter", f"{sources[0]},{place / 'llama'}", *like], "holds no prompt"),
+    ):
+        size = [] if method == "lora" else SIZE
+        assert train.main(argv(place, method, *size, *options)) == 2
+        assert message in capfd.readouterr().err
 
 
 def test_parameters_are_those_of_the_formula() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -81,7 +82,8 @@ def read_adapter(subject: Subject) -> Adapter:
             those of folders.
     """
     if subject.adapter is None or subject.adapter_config is None:
-        raise UserError(f"{subject.name} is a model without an adapter; there is nothing to export")
+        found = "a model without an adapter" if Path(subject.name).is_dir() else "no folder"
+        raise UserError(f"{subject.name} is {found}; there is nothing to export")
     config = subject.adapter_config
     num_tasks = getattr(config, "num_tasks", 1)
     names = tuple(getattr(config, "task_names", None) or ())
