@@ -79,11 +79,8 @@ def find_subject(name: str, base_model: str | None = None) -> Subject:
         base_model: the base model, where the recorded one has moved.
 
     Raises:
-        UserError: no such folder, a run without an adapter, a damaged file, or an adapter that does not name its base
-            model.
+        UserError: a run without an adapter, a damaged file, or an adapter that does not name its base model.
     """
-    if not Path(name).exists() and (name[:1] in "/.~" or name.count("/") > 1):  # a hub id is `name` or `owner/name`
-        raise UserError(f"there is no {name}; name a run, an adapter folder, or a model (a folder or a hub id)")
     subject = _find(name, base_model)
     return replace(subject, reading=_reading(subject.run, subject.adapter or Path(name)))
 

@@ -252,7 +252,7 @@ def test_an_export_knows_how_its_run_read_prompts(form: Any, command: ModuleType
     [
         (["{adapter}", "--tasks", "colla"], "the adapter knows no task 'colla'; did you mean 'cola'?"),
         (["{base}"], "is a model without an adapter"),
-        (["{nowhere}"], "there is no "),
+        (["{nowhere}"], "is no folder; there is nothing to export"),
         (["runs/nowhere"], "runs/nowhere is no folder"),
         (["{adapter}", "--output_dir", "{base}"], "exists and holds something"),
         (["{adapter}", "--form", "padded", "--rank", "1"], "rank 1 is less than the"),
