@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from more_ds import cli, log
 from more_ds.config import read_recipe
 from more_ds.errors import UserError
+from more_ds.plan import with_demo
 from more_ds.planner import report
 from more_ds.planner.hardware import find_gpu
 from more_ds.planner.search import (
@@ -60,19 +61,15 @@ def plan(arguments: Namespace, flags: dict[str, Any]) -> None:
         UserError: there is no such recipe, GPU or configuration, or nothing fits.
     """
     recipe = read_recipe(arguments.recipe)
-    config = cli.merged(recipe, flags, f"recipe '{arguments.recipe}'")
+    config = with_demo(cli.merged(recipe, flags, f"recipe '{arguments.recipe}'"))
     require_divisible(arguments.gpus, arguments.nodes)
     cluster = Cluster(find_gpu(arguments.gpu), arguments.gpus, arguments.nodes)
-    ds_paths = [arguments.ds_config] if arguments.ds_config else shipped(config.optim)
+    ds_paths = [arguments.ds_config] if arguments.ds_config else shipped(config)
     subject = Subject(config, arguments.prompt_tokens, arguments.answer_tokens)
     found = candidates(subject, cluster, ds_paths)
     chosen = best(found)
     if chosen is None:
-        raise UserError(
-            report.refusal(
-                arguments.recipe, config, cluster, found, nearest(subject, cluster, ds_paths or shipped(config.optim))
-            )
-        )
+        raise UserError(report.refusal(arguments.recipe, config, cluster, found, nearest(subject, cluster, ds_paths)))
     whole = report.job(subject, cluster, chosen, arguments.rows)
     log.say(report.text(arguments.recipe, subject, cluster, found, chosen, whole))
     if arguments.json:

@@ -18,6 +18,7 @@ from torch import Tensor
 from launch import train as command
 from more_ds import checkpoint
 from more_ds.checkpoint_files import OPTIMIZER
+from more_ds.config import RunConfig
 from more_ds.engine import Ranks
 from more_ds.errors import UserError
 from more_ds.optimizer_state import MASTER, NamedState
@@ -162,7 +163,7 @@ def test_what_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], tmp_pat
         check_paged("paged_adamw_8bit", offloads, on_gpu=True)
     check_paged("adamw_bnb_8bit", offloads, on_gpu=False)
     check_paged("paged_adamw_8bit", {"zero_optimization": {"stage": 3}}, on_gpu=True)
-    assert [Path(path).name for path in shipped("paged_adamw_8bit")] == ["zero2.json", "zero3.json"]
+    assert [Path(path).name for path in shipped(RunConfig(optim="paged_adamw_8bit"))] == ["zero2.json", "zero3.json"]
 
 
 def test_the_planners_bytes_are_those_that_the_optimizer_holds() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from launch import plan
 from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.losses import label_nll
-from more_ds.methods import adapter_config
+from more_ds.methods import METHODS, adapter_config
 from more_ds.planner.hardware import gpus, shapes, training_rows
 from more_ds.planner.memory import QUANTIZED_BYTES, Inventory, Setting, inventory, states, unpacking_traffic
 from more_ds.planner.search import cuts
@@ -231,6 +232,34 @@ def test_every_gpu_and_every_shipped_task_is_known() -> None:
         assert all(task.name in training_rows() for task in resolve_tasks(None, [suite], None))
 
 
+LORAS = {"loras": ["a", "b"], "ranks": [2, 3]}
+SOURCES = {"mole": LORAS, "xlora": LORAS, "attempt": {"sources": ["a", "b"], "num_virtual_tokens": 4}}
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_counted_and_traced(method: str, kind: str) -> None:
+    """Their buffers against a count by hand: finished LoRAs and prompts are nobody's parameters."""
+    config = llama(4) if kind == "llama" else base_model("t5").config
+    refuses, options = METHODS[method].refuses, dict(SOURCES.get(method, {}))
+    if kind == "t5" and "encoder_decoder" in refuses:
+        pytest.skip(refuses["encoder_decoder"])
+    if "loras" in options:
+        block = "model.layers.{}.self_attn.q_proj" if kind == "llama" else "encoder.block.{}.layer.0.SelfAttention.q"
+        options["target_modules"] = [block.format(i) for i in range(4 if kind == "llama" else config.num_layers)]
+    own = Workload(config, adapter_config(method, options, TASKS, config), torch.bfloat16, torch.bfloat16,
+                   prompt=24, answer=6, checkpointing="gradient_checkpointing" not in refuses)  # fmt: skip
+    found, plain = inventory(own), inventory(replace(own, adapter=adapter_config("lora", {}, TASKS, config)))
+    assert found.num_trainable > 0
+    tracer = Tracer(own)
+    assert 0 < tracer.value(1, lambda t: t.saved) < tracer.value(2, lambda t: t.saved)
+    if method in SOURCES:
+        a_map = 5 * (2 * config.hidden_size * 2 + 8)  # A and B of five ranks, and which LoRA a rank is of
+        prompts = 2 * 4 * config.hidden_size * 4
+        expected = a_map * len(options["target_modules"]) if "loras" in options else prompts
+        assert found.buffers - plain.buffers == expected
+
+
 def run(capsys: Any, *words: str) -> tuple[int, str, str]:
     code = plan.main(words)
     out = capsys.readouterr()
@@ -248,7 +277,8 @@ def test_the_command(capsys: Any, tmp_path: Path) -> None:
     chosen = content["recommended"]
     assert chosen["sizes"]["micro"] * chosen["sizes"]["accumulation"] * 4 == 32
     weights = chosen["memory"]["device"]["weights"]
-    assert weights == pytest.approx(2 * (6_738_415_616 + content["parameters"]["trainable"]))
+    table, rotary = 8 * 224 * 8, 2 * 64 * 4  # the rank of each task and map, and the positions' frequencies
+    assert weights == 2 * (6_738_415_616 + content["parameters"]["trainable"]) + table + rotary
     rows = sum(training_rows()[task.name] for task in resolve_tasks(None, ["glue"], None))
     assert content["job"]["steps"] == -(-5 * rows // 32)
 
@@ -262,6 +292,9 @@ def test_the_command(capsys: Any, tmp_path: Path) -> None:
         (["llama2_7b_glue", "--gpus", "3", "--nodes", "2"], "spread evenly"),
         (["llama2_7b_glue", "--gpus", "3"], "does not divide"),
         (["llama2_7b_glue", "--model", "./nowhere"], "shapes known offline"),
+        (["llama2_7b_glue", "--method", "mole"], "mole needs the LoRAs that it mixes"),
+        (["llama2_7b_glue", "--method", "poly", "--gradient_checkpointing"], "poly does not go with"),
+        (["llama2_7b_glue", "--method", "adalora", "--ds_config", "ds_configs/zero3.json"], "does not go with ZeRO-3"),
         (["llama2_7b_glue", "--adapter.target_modules", "[nothing]"], "linear maps of this model"),
     ],
 )

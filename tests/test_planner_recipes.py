@@ -33,9 +33,10 @@ RECIPES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_fit_where_they_say(recipe: str) -> None:
-    subject = Subject(build(read_recipe(recipe), recipe))
+    config = build(read_recipe(recipe), recipe)
+    subject = Subject(config)
     for gpu, count in RECIPES[recipe]:
-        found = candidates(subject, Cluster(find_gpu(gpu), count, max(1, count // 8)), shipped())
+        found = candidates(subject, Cluster(find_gpu(gpu), count, max(1, count // 8)), shipped(config))
         assert best(found) is not None
 
 

@@ -55,12 +55,14 @@ class Inventory:
         frozen: number of values of each frozen one.
         quantizable: which frozen ones are weights of linear maps that bitsandbytes replaces; all but the output's.
         kinds: trained values by kind.
+        buffers: bytes of what every rank holds besides, whole at any stage: finished LoRAs and prompts.
     """
 
     trainable: np.ndarray
     frozen: np.ndarray
     quantizable: np.ndarray
     kinds: dict[str, int]
+    buffers: float = 0.0
 
     @property
     def num_trainable(self) -> int:
@@ -141,6 +143,7 @@ def inventory(workload: Workload) -> Inventory:
         frozen=np.array([p.numel() for p in frozen], dtype=np.float64),
         quantizable=np.array([id(p) in linear for p in frozen], dtype=bool),
         kinds=parameters_by_kind(model),
+        buffers=float(sum(b.numel() * b.element_size() for b in model.buffers())),
     )
 
 
@@ -188,7 +191,7 @@ def _whole(parameters: Inventory, workload: Workload, setting: Setting) -> dict[
     count, world = parameters.num_trainable, setting.world
     size = workload.adapter_dtype.itemsize
     frozen = frozen_bytes(parameters, workload, setting.quantization)
-    parts = {"weights": float(frozen.sum() + count * size)}
+    parts = {"weights": float(frozen.sum() + count * size) + parameters.buffers}
     if setting.stage == 0:
         # Without ZeRO, float32 values are moved in place, others have a master copy whose gradient is float32 too.
         copies = 0 if workload.adapter_dtype == torch.float32 else MASTER_BYTES
@@ -215,7 +218,7 @@ def _partitioned(parameters: Inventory, workload: Workload, setting: Setting) ->
         kept += float(parameters.trainable[parameters.trainable <= threshold].sum()) * size
     count = parameters.num_trainable
     return {
-        "weights": (float(frozen.sum()) + count * size) / world + kept,
+        "weights": (float(frozen.sum()) + count * size) / world + kept + parameters.buffers,
         "gradients": count * 4.0 / world,
         "optimizer": (count * MASTER_BYTES + _moments(parameters, setting)) / world,
         "buckets": _bucket(setting, size),

@@ -12,7 +12,7 @@ from more_ds.compose.sources import with_sources
 from more_ds.config import RunConfig
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError
-from more_ds.methods import adapter_config, check_together
+from more_ds.methods import METHODS, adapter_config, check_given, check_together
 from more_ds.model import DTYPES, check_model
 from more_ds.optimizers import is_paged
 from more_ds.plan_checks import check_paged
@@ -83,11 +83,19 @@ class Subject:
         self.config = config
         self.dtype = "bf16" if config.dtype == "auto" else config.dtype
         self.tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
+        check_given(config.method, {"init_adapter": config.init_adapter, **config.adapter})
         shape = model_config(config.model, config.revision)
         check_model(shape, self.dtype, config.max_source_length + config.max_target_length)
         options, _ = with_sources(config)
         adapter = adapter_config(config.method, options, [task.name for task in self.tasks], shape)
-        check_together(config.method, quantization=config.quantization != "none")
+        check_together(
+            config.method,
+            gradient_checkpointing=config.gradient_checkpointing,
+            encoder_decoder=shape.is_encoder_decoder,
+            quantization=config.quantization != "none",
+            fp16=self.dtype == "fp16",
+            padding_free=config.padding_free,
+        )
         torch_dtype = DTYPES[self.dtype]
         self.workload = Workload(
             shape, adapter, torch_dtype, torch_dtype, prompt or config.max_source_length,
@@ -100,6 +108,7 @@ class Subject:
         """Memory and time of one way to run it."""
         ds_config = resolve(ds_path, self.config, sizes, self.dtype)
         check_paged(self.config.optim, ds_config, on_gpu=True)
+        check_together(self.config.method, zero3=zero_stage(ds_config) == 3)
         setting = Setting(ds_config, cluster.gpus, cluster.per_node, self.config.quantization, optim=self.config.optim)
         workload, tracer = self._traced(setting.stage)
         held = states(self.parameters, workload, setting)
@@ -172,10 +181,11 @@ def best(found: Sequence[Candidate]) -> Candidate | None:
     return min(fitting, key=lambda candidate: candidate.time.seconds, default=None)
 
 
-def shipped(optim: str = "adamw_torch") -> list[str]:
-    """The DeepSpeed configurations that come with the package and go with an optimizer."""
+def shipped(config: RunConfig) -> list[str]:
+    """The DeepSpeed configurations that come with the package and go with a run's optimizer and method."""
+    without = ["offload"] * is_paged(config.optim) + ["zero3"] * ("zero3" in METHODS[config.method].refuses)
     paths = sorted(DS_CONFIGS.glob("*.json"))
-    return [str(path) for path in paths if not (is_paged(optim) and "offload" in path.stem)]
+    return [str(path) for path in paths if not any(word in path.stem for word in without)]
 
 
 def nearest(subject: Subject, cluster: Cluster, ds_paths: Sequence[str]) -> str:
@@ -185,14 +195,12 @@ def nearest(subject: Subject, cluster: Cluster, ds_paths: Sequence[str]) -> str:
         The flags that make it.
     """
     tries: list[tuple[str, RunConfig, Cluster]] = []
-    config = subject.config
-    if not config.gradient_checkpointing:
-        config = replace(config, gradient_checkpointing=True)
-        tries.append(("--gradient_checkpointing", config, cluster))
-    if config.quantization == "none":
-        flags = "--quantization 4bit" + ("" if subject.config.gradient_checkpointing else " --gradient_checkpointing")
-        tries.append((flags, replace(config, quantization="4bit"), cluster))
-    flags = "" if subject.config.gradient_checkpointing else " --gradient_checkpointing"
+    config, flags, refuses = subject.config, "", METHODS[subject.config.method].refuses
+    if not config.gradient_checkpointing and "gradient_checkpointing" not in refuses:
+        config, flags = replace(config, gradient_checkpointing=True), " --gradient_checkpointing"
+        tries.append((flags.strip(), config, cluster))
+    if config.quantization == "none" and "quantization" not in refuses:
+        tries.append((f"--quantization 4bit{flags}", replace(config, quantization="4bit"), cluster))
     gpus = cluster.gpus
     while (gpus := gpus * 2) <= min(64, config.train_batch_size):
         nodes = max(cluster.nodes, gpus // max(cluster.gpu.per_node, cluster.per_node))

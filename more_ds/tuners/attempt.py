@@ -71,10 +71,11 @@ class Prompts(nn.Module):
         pooled = x.masked_fill(real.unsqueeze(-1) == 0, -torch.inf).amax(1)
         query = self.norm(self.up(F.silu(self.down(pooled))))
         target = self.target.index_select(0, tasks)
-        keys = torch.cat([self.sources.amax(1).expand(len(x), -1, -1), target.amax(1, keepdim=True)], dim=1)
+        sources = self.sources.to(target.dtype)  # a buffer, which DeepSpeed leaves in float32
+        keys = torch.cat([sources.amax(1).expand(len(x), -1, -1), target.amax(1, keepdim=True)], dim=1)
         scores = torch.einsum("bsd,bd->bs", at_least_float32(keys), at_least_float32(query)) / self.config.temperature
         weights = torch.softmax(scores, dim=-1).to(target.dtype)
-        mixed = torch.einsum("bs,sld->bld", weights[:, :-1], self.sources)
+        mixed = torch.einsum("bs,sld->bld", weights[:, :-1], sources)
         return mixed + (weights[:, -1:, None] + 1) * target
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from more_ds.numerics import at_least_float32
+from more_ds.numerics import at_least_float32, without_autocast
 from more_ds.tuners.low_rank import LowRank, LowRankConfig, mixed
 from more_ds.tuners.update_model import UpdateModel, register
 
@@ -37,7 +37,7 @@ class HydraLora(LowRank):
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
 
     def forward(self, x: Tensor, output: Tensor, tasks: Any, shared: Any) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weights = torch.softmax(F.linear(at_least_float32(x), at_least_float32(self.router)), dim=-1)
         return self.up(mixed(self.down(x), weights))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from more_ds.numerics import at_least_float32
+from more_ds.numerics import at_least_float32, without_autocast
 
 
 class Routes(NamedTuple):
@@ -51,7 +51,7 @@ def route(h: Tensor, router: Tensor, config: Any, training: bool, real: Tensor) 
         training: whether there are capacity and jitter.
         real: (batch, ..., 1) 1 where a token is no padding.
     """
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h):
         x = at_least_float32(h)
         if config.router == "switch" and training and config.jitter > 0:
             x = x * torch.empty_like(x).uniform_(1 - config.jitter, 1 + config.jitter)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from more_ds.numerics import at_least_float32
+from more_ds.numerics import at_least_float32, without_autocast
 from more_ds.tuners.low_rank import LowRank, LowRankConfig, of_rows
 from more_ds.tuners.update import TasksConfig
 from more_ds.tuners.update_model import UpdateModel, register
@@ -48,7 +48,7 @@ def reset_gate(task: Tensor, gate: Tensor) -> None:
 
 def expert_weights(task: Tensor, gate: Tensor) -> Tensor:
     """softmax(W_g e_t) of every task, (T, n) float32, from (T, h) and (n, h)."""
-    with torch.autocast(task.device.type, enabled=False):
+    with without_autocast(task):
         return torch.softmax(at_least_float32(task) @ at_least_float32(gate).T, dim=-1)
 
 

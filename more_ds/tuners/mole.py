@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from more_ds.numerics import at_least_float32
+from more_ds.numerics import at_least_float32, without_autocast
 from more_ds.tuners.context import SOURCE, TARGET, repeat_rows
 from more_ds.tuners.loras import Loras, LorasModel
 from more_ds.tuners.update import UpdateConfig, UpdateLinear
@@ -97,7 +97,7 @@ class Mixture(Loras):
     def _weigh(self, pooled: Tensor) -> Tensor:
         assert self.gate is not None, "the map does not lead its unit"
         assert self.log_temperature is not None
-        with torch.autocast(pooled.device.type, enabled=False):
+        with without_autocast(pooled):
             z = F.normalize(at_least_float32(pooled), dim=-1)
             logits = z @ at_least_float32(self.gate).T / at_least_float32(self.log_temperature).exp()
             if self.config.only is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from more_ds.numerics import at_least_float32
+from more_ds.numerics import at_least_float32, without_autocast
 from more_ds.tuners.low_rank import LowRank, LowRankConfig
 from more_ds.tuners.update_model import UpdateModel, register
 
@@ -49,7 +49,7 @@ class SMoRA(LowRank):
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
 
     def forward(self, x: Tensor, output: Tensor, tasks: Any, shared: Any) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             p = torch.softmax(F.linear(at_least_float32(x), at_least_float32(self.router)), dim=-1)
         chosen = (p.detach() + self.config.balance_rate * self.moves).topk(self.config.top_k, dim=-1).indices
         mask = torch.zeros_like(p).scatter_(-1, chosen, 1.0)
