@@ -20,6 +20,7 @@ from more_ds import log, optimizers
 from more_ds.config import RunConfig
 from more_ds.ds_config import zero_stage
 from more_ds.errors import TrainingError
+from more_ds.tuners.half_precision import follow_vectors
 
 log.name_accelerator()
 import deepspeed  # noqa: E402
@@ -160,7 +161,9 @@ def start(model: nn.Module, config: RunConfig, ds_config: dict[str, Any], ranks:
     )
     if not ranks.on_gpu:
         model.to(ranks.device)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)[0]
+    follow_vectors(engine.module)
+    return engine
 
 
 def take_monitor(engine: Any) -> Any:

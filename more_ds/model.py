@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from more_ds.errors import UserError
 from more_ds.tuners.base import UPDATE
 from more_ds.tuners.full import FullConfig
+from more_ds.tuners.half_precision import freeze_counts
 from more_ds.tuners.linear import SETS as SETS_OF_MAPS
 from more_ds.tuners.linear import is_linear, name_targets
 
@@ -151,6 +152,7 @@ def attach(model: nn.Module, adapter: PeftConfig) -> nn.Module:
         name_targets(adapter, model)
         named = set(adapter.target_modules) if by_word else set()  # type: ignore[attr-defined]
         adapted: Any = get_peft_model(model, adapter)
+        freeze_counts(adapted)
         left = sorted(named - set(adapted.base_model.targeted_module_names)) if by_word else []
         if left:
             raise ValueError(

@@ -81,6 +81,7 @@ def _rank(
     )  # fmt: skip
     code = 1
     try:
+        torch.set_num_threads(1)  # a fork makes its pool of threads anew; two loading threads at once get none
         ranks = Ranks()
         ranks.connect()
         pipe.send_bytes(pickle.dumps((True, function(ranks, *arguments))))
