@@ -221,7 +221,11 @@ def test_a_slurm_array(place: Path, flags: list[str], tmp_path: Path, capsys: py
     ("arguments", "message"),
     [
         (["table8"], "no study 'table8'; did you mean"),
-        (["table5", "--scale", "big"], "no scale 'big'; known: demo, paper, small"),
+        (["table5", "--scale", "big"], "no scale 'big'; known: demo, generated, paper, small"),
+        (
+            ["table4", "--scale", "generated"],
+            "table4 needs 'transfer', which launch/studies/scales/generated.yaml does",
+        ),
         (["table5", "--scale", "small"], "this scale names no model; give yours behind --"),
         (["table5", "--", "--method", "lora"], "--method after --: the study sets it"),
         (["table5", "--", "--learning_rat", "1"], "unknown argument '--learning_rat'"),
