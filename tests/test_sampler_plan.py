@@ -153,13 +153,13 @@ def test_probabilities_by_hand() -> None:
 def test_work_to_reach_a_step_does_not_grow_with_it(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """P12: random words drawn for the first batch and for a resume, over a million samples."""
     drawn = []
-    words = streams._words
+    words = streams.words
 
     def counted(count: int, *key: int) -> Any:
         drawn.append(count)
         return words(count, *key)
 
-    monkeypatch.setattr(streams, "_words", counted)
+    monkeypatch.setattr(streams, "words", counted)
     sizes = [700_000, 250_000, 49_000, 1_000]
     for epochs in (0.0, 0.5, 2.5, 1000.5):
         drawn.clear()

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from more_ds.data.far_passes import FAR, FarPasses
 from more_ds.data.shares import STRATEGIES, covering_units, task_probabilities
 from more_ds.data.streams import AnyIntArray, IntArray, Passes, TaskSequence
 from more_ds.digest import digest, digest_integers
@@ -160,7 +161,9 @@ class BalancedSampler:
             rates = [float(f"{share:.12g}") for share in self.shares]
         self._sequence = TaskSequence(rates, seed)
         self._passes = [
-            Passes(size, task, seed, per_epoch[task], None if lengths is None else lengths[task], self._unit)
+            (FarPasses if size > FAR else Passes)(
+                size, task, seed, per_epoch[task], None if lengths is None else lengths[task], self._unit
+            )
             for task, size in enumerate(self.sizes)
         ]
 

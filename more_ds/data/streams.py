@@ -17,18 +17,18 @@ IntArray = npt.NDArray[np.int64]
 AnyIntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float64]
 
-_JITTER_BLOCK = 256
-_WINDOW = 64  # units whose samples are sorted together
-_JITTER, _PASS, _SPLIT, _WINDOWS = range(4)  # purposes of the random streams
+JITTER_BLOCK = 256
+WINDOW = 64  # units whose samples are sorted together
+JITTER, PASS, SPLIT, WINDOWS = range(4)  # purposes of the random streams
 
 
-def _words(count: int, *key: int) -> npt.NDArray[np.uint64]:
+def words(count: int, *key: int) -> npt.NDArray[np.uint64]:
     """Draw `count` uint64 words from the stream named by `key`."""
     return np.asarray(np.random.PCG64(np.random.SeedSequence(key)).random_raw(count))
 
 
-def _shuffled(items: IntArray, *key: int) -> IntArray:
-    return items[np.argsort(_words(len(items), *key), kind="stable")]
+def shuffled(items: IntArray, *key: int) -> IntArray:
+    return items[np.argsort(words(len(items), *key), kind="stable")]
 
 
 class TaskSequence:
@@ -97,10 +97,10 @@ class TaskSequence:
 
     def _jitter(self, key: int, start: int, stop: int) -> FloatArray:
         """Place in its stratum, in [0.25, 0.75), of the units [start, stop) of one stream."""
-        blocks = range(start // _JITTER_BLOCK, -(-stop // _JITTER_BLOCK))
-        words = [_words(_JITTER_BLOCK, self._seed, _JITTER, key, block) for block in blocks]
-        drawn = np.concatenate([np.empty(0, np.uint64), *words])
-        skip = start - blocks.start * _JITTER_BLOCK
+        blocks = range(start // JITTER_BLOCK, -(-stop // JITTER_BLOCK))
+        parts = [words(JITTER_BLOCK, self._seed, JITTER, key, block) for block in blocks]
+        drawn = np.concatenate([np.empty(0, np.uint64), *parts])
+        skip = start - blocks.start * JITTER_BLOCK
         top53 = drawn[skip : skip + stop - start] >> np.uint64(11)
         return 0.25 + 2.0**-54 * top53.astype(np.float64)
 
@@ -154,18 +154,22 @@ class Passes:
         return self._held[1]
 
     def _permutation(self, number: int) -> IntArray:
-        key = (self._seed, _PASS, self._task, number)
+        key = (self._seed, PASS, self._task, number)
         every = np.arange(self._size)
-        if self._epoch_samples is not None:
-            epoch = number * self._size // self._epoch_samples + 1
-            head = epoch * self._epoch_samples - number * self._size
-            if head < self._size:
-                base = _shuffled(every, self._seed, _SPLIT, self._task, number - epoch)
-                mixed = _shuffled(base, *key)
-                opens = np.isin(mixed, base[:head])
-                parts = [self._alike(mixed[opens], number, 0), self._alike(mixed[~opens], number, head)]
-                return np.concatenate(parts)
-        return self._alike(_shuffled(every, *key), number, 0)
+        head, number_of_base = self._opening(number)
+        if head == self._size:
+            return self._alike(shuffled(every, *key), number, 0)
+        base = shuffled(every, self._seed, SPLIT, self._task, number_of_base)
+        mixed = shuffled(base, *key)
+        opens = np.isin(mixed, base[:head])
+        return np.concatenate([self._alike(mixed[opens], number, 0), self._alike(mixed[~opens], number, head)])
+
+    def _opening(self, number: int) -> tuple[int, int]:
+        """How many samples of a pass must come first, and of which base permutation; all, where none must."""
+        if self._epoch_samples is None:
+            return self._size, 0
+        epoch = number * self._size // self._epoch_samples + 1
+        return min(epoch * self._epoch_samples - number * self._size, self._size), number - epoch
 
     def _alike(self, order: IntArray, number: int, offset: int) -> IntArray:
         """Part of a pass, `offset` positions from its start, with samples of similar length in each unit.
@@ -177,12 +181,15 @@ class Passes:
             return order
         start = number * self._size + offset
         place = min(-start % self._unit, len(order))  # a unit that has begun before
-        parts = [order[:place]]
-        for window in range(place, len(order), _WINDOW * self._unit):
-            own = order[window : window + _WINDOW * self._unit]
-            own = own[np.argsort(self._lengths[own], kind="stable")]
-            whole = len(own) // self._unit
-            units = own[: whole * self._unit].reshape(whole, self._unit)
-            shuffled = _shuffled(np.arange(whole), self._seed, _WINDOWS, self._task, start + window)
-            parts += [units[shuffled].ravel(), own[whole * self._unit :]]
-        return np.concatenate(parts)
+        windows = range(place, len(order), WINDOW * self._unit)
+        parts = [self._together(order[at : at + WINDOW * self._unit], start + at) for at in windows]
+        return np.concatenate([order[:place], *parts])
+
+    def _together(self, window: IntArray, position: int) -> IntArray:
+        """A window that begins at a position of the stream, its samples in units of similar length."""
+        assert self._lengths is not None
+        own = window[np.argsort(self._lengths[window], kind="stable")]
+        whole = len(own) // self._unit
+        units = own[: whole * self._unit].reshape(whole, self._unit)
+        order = shuffled(np.arange(whole), self._seed, WINDOWS, self._task, position)
+        return np.concatenate([units[order].ravel(), own[whole * self._unit :]])
