@@ -57,7 +57,8 @@ def _main(arguments: argparse.Namespace, given: Sequence[str], start: Start | No
         return log.say(_listing(jobs))
     if arguments.slurm:
         return _write_slurm(arguments, study.name, jobs)
-    run_all(jobs, start or launcher(arguments.jobs, arguments.gpus), slots=arguments.jobs, logs=output / "logs")
+    by_seed = sorted(jobs, key=lambda job: job.seed)  # one of every system first: what a deadline cuts off are seeds
+    run_all(by_seed, start or launcher(arguments.jobs, arguments.gpus), slots=arguments.jobs, logs=output / "logs")
     tables = tables_of(study, jobs, scale, flags)
     write_outcome(output / study.name, study, jobs, tables)
     log.say("\n\n".join(as_text(table, 2) for table in tables))
