@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from more_ds import cli, log
 from more_ds.compare.tables import as_text
 from more_ds.errors import UserError
-from more_ds.study.definition import read_scale, read_study, require, study_names
+from more_ds.study.definition import read_scale, read_study, study_names
 from more_ds.study.jobs import Job, make_jobs
 from more_ds.study.outcome import tables_of, write_outcome
 from more_ds.study.queue import Start, launcher, run_all
@@ -49,7 +49,6 @@ def _main(arguments: argparse.Namespace, given: Sequence[str], start: Start | No
         return log.say(log.table(["study", "kind", "systems", "what it is"],
                                  [[s.name, s.kind, len(s.arms), s.about] for s in studies]))  # fmt: skip
     study = read_study(arguments.name, scale)
-    require(study, scale, arguments.scale)
     _, flags = cli.parse(cli.config_parser(""), given)
     output = Path(arguments.output or Path("studies") / arguments.scale)
     jobs = make_jobs(study, scale, arguments.seeds, flags, output, arguments.ds_config)

@@ -113,20 +113,6 @@ def read_scale(name: str) -> dict[str, Any]:
     return _read(SCALES / f"{name}.yaml", f"no scale '{name}'{suggest(name, known)}")
 
 
-def require(study: Study, scale: Mapping[str, Any], name: str) -> None:
-    """Refuse a study of data that a scale does not name.
-
-    Raises:
-        UserError: naming what is missing.
-    """
-    needed = [study.data, *(["transfer"] if study.kind == "transfer" else [])]
-    if missing := [f"'{key}'" for key in needed if key not in scale]:
-        raise UserError(
-            f"{study.name} needs {' and '.join(missing)}, which launch/studies/scales/{name}.yaml does not have; use "
-            "another --scale, or add it there"
-        )
-
-
 def _arm(name: str, keys: Mapping[str, Any], where: str) -> Arm:
     _check_keys(keys, {f.name for f in fields(Arm)} - {"name"}, f"{where}, system '{name}'")
     arm = Arm(name=name, **keys)

@@ -104,8 +104,9 @@ def make_jobs(
     """
     if study.kind == "count":
         return []
-    if study.data not in scale:
-        raise UserError(f"study '{study.name}' is not defined at this scale, which has: {', '.join(scale)}")
+    for key in (study.data, *(["transfer"] if study.kind == "transfer" else [])):
+        if key not in scale:
+            raise UserError(f"study '{study.name}' needs '{key}', and this scale has: {', '.join(scale)}; name another")
     runs = range(1 if study.kind in ("transfer", "scaling", "embeddings", "speed") else seeds)
     jobs: dict[str, Job] = {}
     for backbone, keys in scale[study.data].items():
