@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from more_ds import cli, log
 from more_ds.config import read_recipe
 from more_ds.errors import UserError
-from more_ds.plan import with_demo
 from more_ds.planner import report
 from more_ds.planner.hardware import find_gpu
 from more_ds.planner.search import (
@@ -61,7 +60,7 @@ def plan(arguments: Namespace, flags: dict[str, Any]) -> None:
         UserError: there is no such recipe, GPU or configuration, or nothing fits.
     """
     recipe = read_recipe(arguments.recipe)
-    config = with_demo(cli.merged(recipe, flags, f"recipe '{arguments.recipe}'"))
+    config = cli.merged(recipe, flags, f"recipe '{arguments.recipe}'")
     require_divisible(arguments.gpus, arguments.nodes)
     cluster = Cluster(find_gpu(arguments.gpu), arguments.gpus, arguments.nodes)
     ds_paths = [arguments.ds_config] if arguments.ds_config else shipped(config)

@@ -79,7 +79,7 @@ class Ranks:
             auto_mpi_discovery=False,
         )
         # A group may form without waiting: rank 0 would begin the folder that another still asks about.
-        self.sum(torch.zeros(()))
+        self.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, on every rank."""
@@ -88,8 +88,8 @@ class Ranks:
         return total
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        torch.distributed.barrier()
+        """Wait for all ranks, by a sum: NCCL's own barrier has to be told the device, or guesses it and warns."""
+        self.sum(torch.zeros(()))
 
     def everyone(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank, in the order of ranks."""

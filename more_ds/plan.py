@@ -24,7 +24,7 @@ from more_ds.distillation import read_teachers
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
 from more_ds.errors import UserError
 from more_ds.loading import start_from
-from more_ds.methods import METHODS, adapter_config, check_given, check_together
+from more_ds.methods import METHODS, adapter_config, check_given
 from more_ds.model import (
     attach,
     check_model,
@@ -34,6 +34,7 @@ from more_ds.model import (
     without_weights,
 )
 from more_ds.plan_checks import (
+    check_fits,
     check_monitors,
     check_paged,
     check_row,
@@ -44,7 +45,7 @@ from more_ds.plan_checks import (
     check_weights,
 )
 from more_ds.prompts import most_alike
-from more_ds.quantised import check_quantised, quantiser
+from more_ds.quantised import check_quantised
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example, expand
 from more_ds.tuners.linear import untouched_experts
@@ -163,15 +164,7 @@ def make(
     check_monitors(config.report_to)
     options, fill = with_sources(config)
     adapter = adapter_config(config.method, options, names, model_config)
-    check_together(
-        config.method,
-        gradient_checkpointing=config.gradient_checkpointing,
-        encoder_decoder=model_config.is_encoder_decoder,
-        quantization=config.quantization != "none" or quantiser(model_config) is not None,
-        fp16=dtype == "fp16",
-        zero3=zero3,
-        padding_free=config.padding_free,
-    )
+    check_fits(config, model_config, dtype, zero3=zero3)
     check_row(config, model_config)
     teachers = None
     if config.distill_from is not None:

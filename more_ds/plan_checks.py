@@ -12,7 +12,9 @@ from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.errors import UserError, suggest
 from more_ds.loading import find_subject
+from more_ds.methods import check_together
 from more_ds.optimizers import is_paged
+from more_ds.quantised import quantiser
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
 
@@ -77,6 +79,19 @@ def check_targets(encoder: Encoder, train: Sequence[Sequence[Example]]) -> None:
     longest = encoder.max_target_length - 2
     for text in sorted({e.target for examples in train for e in examples if len(e.target.encode()) > longest}):
         encoder.target(text)
+
+
+def check_fits(config: RunConfig, model_config: Any, dtype: str, *, zero3: bool = False) -> None:
+    """Refuse a method with a model or a setting of the run that it cannot go with."""
+    check_together(
+        config.method,
+        gradient_checkpointing=config.gradient_checkpointing,
+        encoder_decoder=model_config.is_encoder_decoder,
+        quantization=config.quantization != "none" or quantiser(model_config) is not None,
+        fp16=dtype == "fp16",
+        zero3=zero3,
+        padding_free=config.padding_free,
+    )
 
 
 def check_row(config: RunConfig, model_config: Any) -> None:

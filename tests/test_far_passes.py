@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import test_sampler
-from sampler_checks import CHECKS, OPTIONS, PLAN, check_disjoint
+from sampler_checks import CHECKS, OPTIONS, PLAN
 from test_sampler import every_scope
 
 from more_ds.data import sampler as module
@@ -42,8 +42,7 @@ def test_places_and_neighbours_are_left_to_chance() -> None:
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.usefixtures("far")
 def test_property(check: Callable[..., None], strategy: str, scope: str) -> None:
-    if check is not check_disjoint or strategy != "weights":
-        check(BalancedSampler, **PLAN, **OPTIONS[strategy], scope=scope)
+    check(BalancedSampler, **PLAN, **OPTIONS[strategy], scope=scope)
 
 
 @pytest.mark.usefixtures("far")

@@ -15,7 +15,8 @@ from more_ds.errors import UserError
 from more_ds.methods import METHODS, adapter_config, check_given, check_together
 from more_ds.model import DTYPES, check_model
 from more_ds.optimizers import is_paged
-from more_ds.plan_checks import check_paged
+from more_ds.plan import with_demo
+from more_ds.plan_checks import check_fits, check_paged
 from more_ds.planner.hardware import Gpu, model_config
 from more_ds.planner.memory import Inventory, Memory, Setting, inventory, states, unpacking_traffic, with_activations
 from more_ds.planner.timing import StepTime, compute_seconds, step_time
@@ -80,22 +81,15 @@ class Subject:
         Raises:
             UserError: the model is not known, or cannot do what the recipe wants.
         """
-        self.config = config
         self.dtype = "bf16" if config.dtype == "auto" else config.dtype
         self.tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
         check_given(config.method, {"init_adapter": config.init_adapter, **config.adapter})
+        self.config = config = with_demo(config)
         shape = model_config(config.model, config.revision)
         check_model(shape, self.dtype, config.max_source_length + config.max_target_length)
         options, _ = with_sources(config)
         adapter = adapter_config(config.method, options, [task.name for task in self.tasks], shape)
-        check_together(
-            config.method,
-            gradient_checkpointing=config.gradient_checkpointing,
-            encoder_decoder=shape.is_encoder_decoder,
-            quantization=config.quantization != "none",
-            fp16=self.dtype == "fp16",
-            padding_free=config.padding_free,
-        )
+        check_fits(config, shape, self.dtype)
         torch_dtype = DTYPES[self.dtype]
         self.workload = Workload(
             shape, adapter, torch_dtype, torch_dtype, prompt or config.max_source_length,

@@ -103,7 +103,8 @@ class HyperNetworks(nn.Module):
     def forward(self, tasks: Tensor | None) -> Written:
         """Write the adapters of the `tasks`, (batch,); of all tasks, if it is None."""
         number = torch.arange(len(self.task), device=self.task.device)
-        present = number if tasks is None else tasks[:1] if tasks.is_meta else tasks.unique()  # most rows are alike
+        # The meta device has no values to tell apart; a micro-batch is of one task.
+        present = number if tasks is None else tasks[:1] if tasks.is_meta else tasks.unique()
         rows = torch.zeros_like(number).scatter_(0, present, torch.arange(len(present), device=number.device))
         places: dict[str, Tensor] = {}
         for name, writer in self.networks.items():
