@@ -104,7 +104,7 @@ def check(arguments: argparse.Namespace) -> None:
 def prepare(folder: str, ds_path: str | None, dtype: str, ranks: Ranks) -> Subject:
     """Load a model with a MoRE adapter into an engine."""
     config = RunConfig(train_batch_size=ranks.world)
-    ds_config = resolve(ds_path, config, batch_sizes(config, ranks.world), dtype)
+    ds_config = resolve(ds_path, config, batch_sizes(config, ranks.world), dtype, per_node=ranks.per_node)
     # Buffers of the size that a large model wants would hide the error in everything else of a small one.
     ds_config["zero_optimization"] |= {name: SMALL for name in BUFFERS if name in ds_config["zero_optimization"]}
     sharding = shard_while_loading(ds_config)

@@ -63,7 +63,7 @@ def plan(arguments: Namespace, flags: dict[str, Any]) -> None:
     config = cli.merged(recipe, flags, f"recipe '{arguments.recipe}'")
     require_divisible(arguments.gpus, arguments.nodes)
     cluster = Cluster(find_gpu(arguments.gpu), arguments.gpus, arguments.nodes)
-    ds_paths = [arguments.ds_config] if arguments.ds_config else shipped(config)
+    ds_paths = [arguments.ds_config] if arguments.ds_config else shipped(config, arguments.nodes)
     subject = Subject(config, arguments.prompt_tokens, arguments.answer_tokens)
     found = candidates(subject, cluster, ds_paths)
     chosen = best(found)

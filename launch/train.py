@@ -75,6 +75,7 @@ def train(arguments: Any, flags: dict[str, Any], signals: Signals) -> None:
         ds_config_path=arguments.ds_config,
         world=ranks.world,
         on_gpu=ranks.on_gpu,
+        per_node=ranks.per_node,
         group_size=saved["sampler"]["plan"]["group_size"] if saved else None,
         trust_remote_code=arguments.trust_remote_code,
     )

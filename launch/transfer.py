@@ -150,7 +150,7 @@ def _plan(arguments: argparse.Namespace, ranks: Ranks) -> _Plan:
         majority=majority_scores(task, train_golds, [row.gold for row in test]),
         config=config,
         sizes=sizes,
-        ds_config=resolve(arguments.ds_config, config, sizes, dtype),
+        ds_config=resolve(arguments.ds_config, config, sizes, dtype, per_node=ranks.per_node),
         dtype=dtype,
         output=Path(arguments.output_dir or default),
     )

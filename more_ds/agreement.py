@@ -5,17 +5,16 @@ Ranks that read other data, or that resume from other checkpoints, do not fail: 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from more_ds.data.stored import digest_examples
+from more_ds.digest import digest
 from more_ds.engine import Ranks
 from more_ds.errors import UserError
 from more_ds.plan import Plan
 from more_ds.run_folder import versions
-from more_ds.tasks.render import Example
 
 
 def fingerprint(plan: Plan, resumed: Path | None) -> dict[str, str]:
@@ -28,9 +27,11 @@ def fingerprint(plan: Plan, resumed: Path | None) -> dict[str, str]:
     splits = (("validation", plan.validation), *plan.test.items())
     return {
         "configuration": plan.config.digest(),
-        "DeepSpeed configuration": _digest([json.dumps(plan.ds_config, sort_keys=True)]),
-        "training data": _digest(_texts(e for examples in plan.train for e in examples)),
-        "scored data": _digest(_texts(e for _, split in splits for examples in split.values() for e in examples)),
+        "DeepSpeed configuration": digest(plan.ds_config),
+        "training data": digest([digest_examples(examples) for examples in plan.train]),
+        "scored data": digest(
+            [[name, task, digest_examples(own)] for name, split in splits for task, own in split.items()]
+        ),
         "sampling plan": json.dumps(plan.sampler.state_dict()["plan"], sort_keys=True),
         "checkpoint": resumed.name if resumed else "none",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -62,14 +63,3 @@ def _shown(text: str, other: str) -> str:
     """The parts of a list in which it differs from another."""
     parts = [part for part in text.split(", ") if part not in other.split(", ")]
     return ", ".join(parts)[:200] or text[:200]
-
-
-def _texts(examples: Iterable[Example]) -> Iterable[str]:
-    return (repr((e.task, e.index, e.prompt, e.target, e.options, e.gold)) for e in examples)
-
-
-def _digest(parts: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(f"{part}\n".encode())
-    return digest.hexdigest()[:16]

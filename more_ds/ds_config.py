@@ -61,7 +61,12 @@ def batch_sizes(config: RunConfig, world: int) -> BatchSizes:
     return BatchSizes(total, micro, accumulation, world)
 
 
-def resolve(path: str | None, config: RunConfig, sizes: BatchSizes, dtype: str) -> dict[str, Any]:
+HPZ = "zero_hpz_partition_size"
+
+
+def resolve(
+    path: str | None, config: RunConfig, sizes: BatchSizes, dtype: str, *, per_node: int | None = None
+) -> dict[str, Any]:
     """The configuration that DeepSpeed gets, without a single `auto`.
 
     Args:
@@ -69,6 +74,7 @@ def resolve(path: str | None, config: RunConfig, sizes: BatchSizes, dtype: str) 
         config: the run.
         sizes: from `batch_sizes`.
         dtype: `fp32`, `bf16` or `fp16`.
+        per_node: ranks of a node; None: all are on one.
 
     Raises:
         UserError: the file is missing or not JSON, has unknown keys, or contradicts the run; all contradictions are
@@ -116,10 +122,23 @@ def resolve(path: str | None, config: RunConfig, sizes: BatchSizes, dtype: str) 
         # Gradients of several micro-batches are summed in float32, or small ones vanish in the sum. (Without ZeRO,
         # DeepSpeed always does so, and refuses to be told.)
         result.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if HPZ in result["zero_optimization"]:
+        result["zero_optimization"][HPZ] = _copies(result["zero_optimization"][HPZ], sizes.world, per_node)
     left = [key for key, value in _leaves(result) if value == "auto"]
     if left:
         raise UserError(f'{path}: "auto" is not known for {", ".join(left)}; write a value')
     return result
+
+
+def _copies(size: Any, world: int, per_node: int | None) -> int:
+    """Ranks that share a second copy of the weights (hpZ).
+
+    `auto` is those of a node. A copy over all ranks would be the partition itself: 1, which DeepSpeed takes for none.
+    """
+    chosen = (per_node or world) if size == "auto" else size
+    if not isinstance(chosen, int) or chosen < 1 or world % chosen:
+        raise UserError(f"{HPZ}={chosen} does not divide {world} ranks; give nodes alike, or take it out")
+    return 1 if chosen == world else chosen
 
 
 def with_monitors(ds_config: dict[str, Any], report_to: list[str], folder: Path) -> dict[str, Any]:

@@ -15,6 +15,14 @@ from more_ds.tasks import Task
 from more_ds.tasks.render import Example, answer_value, content_hash, parse, prompt_hash
 from more_ds.text_model import TextModel
 
+MAJORITY_ROWS = 100_000
+"""At most this many training answers of a task, evenly spread, decide which is the majority's."""
+
+
+def training_golds(examples: Sequence[Example]) -> list[Gold]:
+    """The answers that the majority baseline of a task is taken from."""
+    return [examples[i].gold for i in range(0, len(examples), -(-len(examples) // MAJORITY_ROWS))]
+
 
 def evaluate(
     text_model: TextModel,

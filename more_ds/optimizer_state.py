@@ -252,7 +252,7 @@ def _refuse_unreadable(engine: Any) -> None:
         wrong.append(f"offload_optimizer.ratio is {zero.offload_optimizer.ratio}")
     wrong += [
         f"{name} is {getattr(zero, name)}"
-        for name, plain in (("mics_shard_size", -1), ("zero_hpz_partition_size", 1), ("zenflow", None))
+        for name, plain in (("mics_shard_size", -1), ("zenflow", None))
         if getattr(zero, name, plain) not in (plain, 0)
     ]
     if wrong:

@@ -19,6 +19,7 @@ from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
 from more_ds.data.rows import load_examples
 from more_ds.data.sampler import BalancedSampler
+from more_ds.data.stored import stored_examples
 from more_ds.data.tokens import Tokens, tokenised
 from more_ds.distillation import read_teachers
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve, zero_stage
@@ -38,6 +39,7 @@ from more_ds.plan_checks import (
     check_monitors,
     check_paged,
     check_row,
+    check_sharding,
     check_start,
     check_targets,
     check_taught,
@@ -86,7 +88,7 @@ class Plan:
     sizes: BatchSizes
     ds_config: dict[str, Any]
     tasks: list[Task]
-    train: list[list[Example]]
+    train: list[Sequence[Example]]
     tokens: list[Tokens] | None
     validation: dict[str, list[Example]]
     test: dict[str, dict[str, list[Example]]]
@@ -125,6 +127,7 @@ def make(
     ds_config_path: str | None,
     world: int,
     on_gpu: bool,
+    per_node: int | None = None,
     group_size: int | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -135,6 +138,7 @@ def make(
         ds_config_path: DeepSpeed's JSON file, or None for ZeRO-0.
         world: number of ranks.
         on_gpu: whether they compute on GPUs.
+        per_node: ranks of a node; None: all are on one.
         group_size: examples that hold one task, of the run that is resumed; None: a micro-batch.
         trust_remote_code: run code that comes with the model.
 
@@ -145,7 +149,8 @@ def make(
     dtype = config.dtype if config.dtype != "auto" else "bf16" if on_gpu else "fp32"
     if dtype == "fp16" and not on_gpu:
         raise UserError("fp16 needs a GPU; use --dtype bf16 or fp32")
-    ds_config = resolve(ds_config_path, config, sizes, dtype)
+    ds_config = resolve(ds_config_path, config, sizes, dtype, per_node=per_node)
+    check_sharding(ds_config, on_gpu)
     check_paged(config.optim, ds_config, on_gpu)
     if config.gradient_cosine and zero_stage(ds_config) == 3:
         raise UserError(
@@ -180,11 +185,12 @@ def make(
     )
     check_vocabulary(encoder, model_config)
     counted = count(model_config, adapter, trust_remote_code, config.init_adapter)
-    train = [expand(_load(config, task, "train", config.train_limit)) for task in tasks]
+    train = [_training_examples(config, task) for task in tasks]
     validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
-    check_targets(encoder, train)
     tokens = None
-    if config.group_by_length:
+    if not config.group_by_length:
+        check_targets(encoder, train)
+    else:
         tokens = [tokenised(task.name, examples, encoder) for task, examples in zip(tasks, train, strict=True)]
     sampler = _sampler(config, tasks, train, sizes, group_size or sizes.micro, tokens)
     total = config.max_steps or math.ceil(config.num_train_epochs * sampler.steps_per_epoch)
@@ -268,6 +274,13 @@ def _load(config: RunConfig, task: Task, split: str, limit: int | None) -> list[
     return load_examples(
         task, split, data_dir=config.data_dir, limit=limit, seed=config.seed, plain=config.plain_prompts
     )
+
+
+def _training_examples(config: RunConfig, task: Task) -> Sequence[Example]:
+    """A few as a list, all of them from the disk: as many as there are need not fit in memory."""
+    if config.train_limit is not None:
+        return expand(_load(config, task, "train", config.train_limit))
+    return stored_examples(task, data_dir=config.data_dir, plain=config.plain_prompts)
 
 
 def _test_examples(config: RunConfig, tasks: Sequence[Task]) -> dict[str, dict[str, list[Example]]]:

@@ -10,6 +10,7 @@ from typing import Any
 from more_ds.compose.sources import OF_LORAS, identity
 from more_ds.config import RunConfig
 from more_ds.data.encoding import Encoder
+from more_ds.data.stored import StoredExamples
 from more_ds.errors import UserError, suggest
 from more_ds.loading import find_subject
 from more_ds.methods import check_together
@@ -17,6 +18,8 @@ from more_ds.optimizers import is_paged
 from more_ds.quantised import quantiser
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
+
+QUANTISED_GATHERS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
 def check_paged(optim: str, ds_config: Mapping[str, Any], on_gpu: bool) -> None:
@@ -77,8 +80,16 @@ def check_targets(encoder: Encoder, train: Sequence[Sequence[Example]]) -> None:
     No tokeniser makes more tokens than there are bytes; a space may come in front, and the end is marked.
     """
     longest = encoder.max_target_length - 2
-    for text in sorted({e.target for examples in train for e in examples if len(e.target.encode()) > longest}):
+    suspect = [own for own in train if not isinstance(own, StoredExamples) or own.longest_target > longest]
+    for text in sorted({e.target for examples in suspect for e in examples if len(e.target.encode()) > longest}):
         encoder.target(text)
+
+
+def check_sharding(ds_config: Mapping[str, Any], on_gpu: bool) -> None:
+    """Refuse, on a CPU, weights that ZeRO-3 gathers in 8 bits (qwZ): DeepSpeed's quantiser is a CUDA kernel."""
+    wanted = [name for name in QUANTISED_GATHERS if ds_config["zero_optimization"].get(name)]
+    if wanted and not on_gpu:
+        raise UserError(f"{' and '.join(wanted)} in the ds_config needs a GPU; take it out")
 
 
 def check_fits(config: RunConfig, model_config: Any, dtype: str, *, zero3: bool = False) -> None:

@@ -22,7 +22,7 @@ from more_ds.compare.bootstrap import RESAMPLES
 from more_ds.data.mixture import Mixture
 from more_ds.engine import Ranks, gathered, take_monitor
 from more_ds.errors import NonFiniteError
-from more_ds.evaluate import evaluate
+from more_ds.evaluate import evaluate, training_golds
 from more_ds.export.whole import write_model
 from more_ds.gates import gate_entropy, gate_row
 from more_ds.gradients import task_gradients
@@ -54,7 +54,7 @@ class Run:
         self.saving = Background(ranks.device)
         self.base = base_identity(plan.config.model, plan.config.revision)
         self.task_ids = {name: i for i, name in enumerate(plan.task_names)}
-        self.train_golds = {t.name: [e.gold for e in rows] for t, rows in zip(plan.tasks, plan.train, strict=True)}
+        self.train_golds = {task.name: training_golds(rows) for task, rows in zip(plan.tasks, plan.train, strict=True)}
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row to `metrics.jsonl`, and send its numbers to the monitors."""

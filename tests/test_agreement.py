@@ -51,13 +51,13 @@ def another_configuration(made: plan.Plan) -> plan.Plan:
 
 
 def another_row(made: plan.Plan) -> plan.Plan:
-    made.train[1][3] = replace(made.train[1][3], target="aab")
-    return made
+    rows = list(made.train[1])
+    rows[3] = replace(rows[3], target="aab")
+    return replace(made, train=[made.train[0], rows])
 
 
 def another_order(made: plan.Plan) -> plan.Plan:
-    made.train[0].reverse()
-    return made
+    return replace(made, train=[list(reversed(made.train[0])), made.train[1]])
 
 
 def another_gold(made: plan.Plan) -> plan.Plan:

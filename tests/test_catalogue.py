@@ -173,14 +173,18 @@ def test_an_answer_that_is_too_long_is_found_before_the_model(
 
 
 def test_data_is_read_before_the_ranks_wait_for_each_other(place: Path) -> None:
-    original, seen = plan.load_examples, []
+    seen = []
 
-    def load(*arguments: Any, **options: Any) -> Any:
-        seen.append(torch.distributed.is_initialized())
-        return original(*arguments, **options)
+    def noting(load: Any) -> Any:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            seen.append(torch.distributed.is_initialized())
+            return load(*arguments, **options)
 
+        return noted
+
+    loaders = {name: noting(getattr(plan, name)) for name in ("load_examples", "stored_examples")}
     connect = mock.patch.object(Ranks, "connect", side_effect=KeyboardInterrupt)
-    with mock.patch.object(plan, "load_examples", load), connect, pytest.raises(KeyboardInterrupt):
+    with mock.patch.multiple(plan, **loaders), connect, pytest.raises(KeyboardInterrupt):
         command.main(argv(place, place / "never"))
     assert len(seen) == 4, "training and validation rows of two tasks"
     assert not any(seen)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from more_ds.data.rows import load_examples, load_split, read_rows
+from more_ds.data.row_files import read_rows
+from more_ds.data.rows import load_examples, load_split
 from more_ds.errors import UserError
 from more_ds.tasks.schema import Label, Task
 
@@ -102,4 +103,4 @@ def test_long_listings_are_cut(tmp_path: Path) -> None:
     for i in range(15):
         (tmp_path / f"f{i:02}").touch()
     with pytest.raises(UserError, match=r"holds: f00, .*f09 and 5 more; check"):
-        read_rows(tmp_path / "x.csv")
+        list(read_rows(tmp_path / "x.csv"))

@@ -108,9 +108,10 @@ def test_damaged_tokens_are_refused(tmp_path: Path, damage: str) -> None:
     tokenised("t", examples(), encoder(), tmp_path)
     folder = next(p for p in (tmp_path / "tokens").iterdir() if p.is_dir())
     if damage == "other":
-        np.save(folder / "ends.npy", np.arange(10))
+        (folder / "ends.int64").write_bytes(np.arange(10).tobytes())
     else:
-        (folder / "ids.npy").write_bytes(b"" if damage == "empty" else (folder / "ids.npy").read_bytes()[:-9])
+        ids = folder / "ids.int32"
+        ids.write_bytes(b"" if damage == "empty" else ids.read_bytes()[:-9])
     with pytest.raises(UserError, match="delete that folder"):
         tokenised("t", examples(), encoder(), tmp_path)
 

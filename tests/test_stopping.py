@@ -142,7 +142,10 @@ def test_the_margin_of_max_hours_is_measured(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_ranks_whose_launcher_is_killed_do_not_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "input()", "deepspeed.launcher.launch"], stdin=subprocess.PIPE)
+    words = [sys.executable, "-c", "print(flush=True); input()", "deepspeed.launcher.launch"]
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()  # before it is what it will be, it has no command line
     process = psutil.Process(child.pid)
     assert stopping._is_launcher(process.cmdline())
     assert stopping._is_launcher(["/venv/bin/python", "/venv/bin/deepspeed", "launch/train.py"])

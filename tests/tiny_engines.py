@@ -39,6 +39,7 @@ SETUPS = {
     "zero3 bf16": "zero3.json",
     "zero3_partitioned fp32": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero3_offload bf16": "zero3_offload.json",
+    "zero3_hpz fp32": {"stage": 3, "stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": 2},
 }
 
 

@@ -1,41 +1,32 @@
-"""Reading data: files of rows, the hub, split protocols and limits.
+"""Reading data: splits, split protocols and limits.
 
-Rows come from the task's own `files`, else from `data_dir/<path>/<split>.<format>`, else from the
-hub. JSON lines and CSV are read with the standard library, not with `datasets`: no types are
-guessed, texts arrive as they are written, a mistake has a line number, and ranks that load at the
-same time share no cache.
+Rows come from the task's own `files`, else from `data_dir/<path>/<split>.<format>`, else from the hub
+(`more_ds.data.sources`).
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import logging
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
 
-import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
+import numpy.typing as npt
 
+from more_ds.data.row_files import Row
+from more_ds.data.sources import Split, find_source
 from more_ds.errors import UserError, suggest
 from more_ds.tasks.render import Example, render
 from more_ds.tasks.rows import in_subset, joined
 from more_ds.tasks.schema import Task
-from more_ds.tasks.suite import SUFFIXES, is_file_name
+
+IntArray = npt.NDArray[np.int64]
+Part = Callable[[int], IntArray] | None
+"""The numbers of a split's rows, ascending, given how many rows its source has; None: all of them."""
 
 SPLIT_SEED = 1189
 """Seed of the split protocols: a task's test set must not depend on the seed of a run. (The
 published code of MoRE halves with this number too; its permutation is another.)"""
-
-Row = dict[str, Any]
 
 
 def load_split(
@@ -76,38 +67,92 @@ def load_examples(
     Raises:
         UserError: as `load_split` and `render`, with the split and the row.
     """
-    rows = _numbered(task, split, data_dir, limit, seed)
+    return list(rendered(task, split, _numbered(task, split, data_dir, limit, seed), plain=plain))
+
+
+def rendered(task: Task, split: str, rows: Iterable[tuple[int, Row]], *, plain: bool = False) -> Iterator[Example]:
+    """Yield numbered rows of a split as text.
+
+    Raises:
+        UserError: as `render`, with the split and the row.
+    """
     try:
-        return [render(task, row, index, plain=plain) for index, row in rows]
+        for index, row in rows:
+            yield render(task, row, index, plain=plain)
     except UserError as error:
         raise UserError(f"split '{split}': {error}") from error
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a split in its source.
+
+    Attributes:
+        source: the source's split that holds them.
+        rows: yields all rows of it, those of one group joined.
+        part: which of them are the split's.
+        where: words for where they are.
+    """
+
+    source: Split
+    rows: Callable[[], Iterator[Row]]
+    part: Part
+    where: str
+
+    def count(self) -> int:
+        """How many rows `rows` yields."""
+        return self.source.count() if self.rows == self.source.rows else sum(1 for _ in self.rows())
+
+
+def select(task: Task, split: str, data_dir: str | Path | None) -> Selection:
+    """Find a split of a task in its source, by the task's split protocol.
+
+    Raises:
+        UserError: the split or its source is missing.
+    """
+    source, where = find_source(task, data_dir)
+    base, part = _protocol(task, split, source, where)
+    found = source[base]
+    rows = found.rows if task.group is None else lambda: iter(joined(task, found.rows()))
+    return Selection(found, rows, part, where)
+
+
+def require_rows(task: Task, split: str, where: str, count: int) -> None:
+    """Refuse a split without rows."""
+    if not count:
+        raise UserError(f"task '{task.name}': split '{split}' has no rows ({where}); add some, or drop the task")
 
 
 def _numbered(
     task: Task, split: str, data_dir: str | Path | None, limit: int | None, seed: int
 ) -> list[tuple[int, Row]]:
-    source, where = _source(task, data_dir)
-    is_subset = split in task.subsets and split not in source
-    base, part = _protocol(task, "test" if is_subset else split, source, where)
-    rows = joined(task, source[base]())
-    keep = part(len(rows))
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; give a positive number of rows")
+    is_subset = split in task.subsets and split not in find_source(task, data_dir)[0]
+    selection = select(task, "test" if is_subset else split, data_dir)
+    keep = selection.part(selection.count()) if selection.part is not None else None
     if is_subset:
-        keep = keep[in_subset(task, split, [rows[i] for i in keep])]
+        numbered = _picked(selection, keep)
+        inside = in_subset(task, split, [row for _, row in numbered])
+        keep = np.array([i for (i, _), is_in in zip(numbered, inside, strict=True) if is_in], dtype=np.int64)
     if limit is not None:
-        if limit < 1:
-            raise UserError(f"limit is {limit}; give a positive number of rows")
+        keep = np.arange(selection.count()) if keep is None else keep
         chosen = np.random.RandomState(seed).permutation(len(keep))[:limit]
         keep = keep[np.sort(chosen)]
-    if not len(keep):
-        raise UserError(f"task '{task.name}': split '{split}' has no rows ({where}); add some, or drop the task")
-    return [(int(i), rows[i]) for i in keep]
+    rows = _picked(selection, keep)
+    require_rows(task, split, selection.where, len(rows))
+    return rows
 
 
-Source = Mapping[str, Callable[[], list[Row]]]
-Part = Callable[[int], "np.ndarray[Any, np.dtype[np.int64]]"]
+def _picked(selection: Selection, keep: IntArray | None) -> list[tuple[int, Row]]:
+    """The rows of ascending numbers; all are read, so that damage is found whichever are wanted."""
+    if keep is None:
+        return list(enumerate(selection.rows()))
+    wanted = set(keep.tolist())
+    return [(number, row) for number, row in enumerate(selection.rows()) if number in wanted]
 
 
-def _protocol(task: Task, split: str, source: Source, where: str) -> tuple[str, Part]:
+def _protocol(task: Task, split: str, source: Mapping[str, Split], where: str) -> tuple[str, Part]:
     """Return the source's split that holds `split`, and which of its rows are in it."""
     kind, size = task.split.kind, task.split.size
     if kind == "halve_validation" and "test" not in source and "validation" in source:
@@ -117,16 +162,16 @@ def _protocol(task: Task, split: str, source: Source, where: str) -> tuple[str, 
         if split in ("train", "validation"):
             return "train", lambda n: _cut(n, _room(task, size, n), first=split == "validation")
         if split == "test" and "test" not in source and "validation" in source:
-            return "validation", np.arange
+            return "validation", None
     if split not in source:
         raise UserError(
             f"task '{task.name}': no split '{split}' ({where}){suggest(split, source)}"
             "; add it, or set the task's split protocol"
         )
-    return split, np.arange
+    return split, None
 
 
-def _cut(count: int, size: int, *, first: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _cut(count: int, size: int, *, first: bool) -> IntArray:
     """Return `size` of `count` rows, or the others, in ascending order."""
     # RandomState, not Generator: NumPy promises that its stream never changes.
     order = np.random.RandomState(SPLIT_SEED).permutation(count)
@@ -139,139 +184,3 @@ def _room(task: Task, size: int, count: int) -> int:
             f"task '{task.name}': split carve_train takes {size} rows of train, which has {count}; take fewer"
         )
     return size
-
-
-def _source(task: Task, data_dir: str | Path | None) -> tuple[Source, str]:
-    """Return the splits that the task's data come in, and words for where they are."""
-    if task.files:
-        files, where = dict(task.files), "files of the tasks file"
-    elif data_dir is not None:
-        folder = Path(data_dir) / task.path
-        files, where = _folder(task, folder), f"in {folder}"
-    elif task.hub is not None:
-        names = task.hub.splits
-        return {name: partial(_hub_rows, task, name) for name in names}, f"of {task.hub.id}"
-    else:
-        raise UserError(
-            f"task '{task.name}' names no hub data set and no files; give --data_dir with {task.path}/train.jsonl in it"
-        )
-    return {name: partial(read_rows, path) for name, path in files.items()}, where
-
-
-def _folder(task: Task, folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        above = next(parent for parent in folder.parents if parent.exists())
-        raise UserError(f"task '{task.name}': no folder {folder}; {above} holds: {_listing(above)}; check --data_dir")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if not (path.is_file() and is_file_name(path.name)):
-            continue
-        split = path.name.removesuffix(".gz").rpartition(".")[0]
-        if split in files:
-            raise UserError(f"{files[split]} and {path} are both split '{split}'; keep one")
-        files[split] = path
-    if not files:
-        raise UserError(
-            f"task '{task.name}': no data file in {folder}, which holds: {_listing(folder)}; "
-            f"put train{SUFFIXES[0]}.gz there (or {', '.join(SUFFIXES)})"
-        )
-    return files
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return (", ".join(names[:10]) or "nothing") + more
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a .jsonl, .csv, .tsv or .parquet file, gzip-compressed (.gz) or not.
-
-    The values of CSV and TSV are text. Blank lines are skipped.
-
-    Raises:
-        UserError: the file is missing or damaged; with the line where that is known.
-    """
-    if not path.is_file():
-        folder = path.parent
-        raise UserError(f"no file {path}; {folder} holds: {_listing(folder)}; check its name")
-    name = path.name.removesuffix(".gz")
-    try:
-        if name.endswith(".parquet"):
-            with _binary(path) as stream:
-                return list(pyarrow.parquet.read_table(pyarrow.PythonFile(stream)).to_pylist())
-        # utf-8-sig: spreadsheets put a byte order mark in front, which is no part of a column name.
-        with io.TextIOWrapper(_binary(path), encoding="utf-8-sig", newline="") as text:
-            if name.endswith(".jsonl"):
-                return list(_json_lines(text, path))
-            return list(_csv_rows(text, path, "\t" if name.endswith(".tsv") else ","))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged: {reason}; make or fetch it again") from error
-
-
-def _binary(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
-
-
-def _json_lines(text: TextIO, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(text, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}; mend it") from error
-        if not isinstance(row, dict):
-            found = line.strip()[:60]
-            raise UserError(f"{path}, line {number} is no JSON object: {found}; mend it")
-        yield row
-
-
-def _csv_rows(text: TextIO, path: Path, delimiter: str) -> Iterator[Row]:
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    try:
-        names = next(reader, [])
-        if len(set(names)) < len(names) or "" in names:
-            raise UserError(f"{path}: an empty or repeated column name in {names}; mend it")
-        for values in reader:
-            if len(values) == len(names):
-                yield dict(zip(names, values, strict=True))
-            elif values:  # a blank line has none
-                found = f"{len(values)} fields, the header {len(names)}"
-                raise UserError(f"{path}, line {reader.line_num} has {found}; mend or quote it")
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; mend or quote it") from error
-
-
-def _hub_rows(task: Task, split: str) -> list[Row]:
-    hub = task.hub
-    assert hub is not None
-    try:
-        with _quiet():
-            table = datasets.load_dataset(hub.id, hub.config, split=hub.splits[split], revision=hub.revision)
-            return list(table.to_list())
-    except Exception as error:  # the network and the hub fail in too many ways to list
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"task '{task.name}': cannot load '{hub.id}' from the hub: {reason}; without a network "
-            f"give --data_dir with {task.path}/{split}.jsonl.gz in it"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back progress bars and the log of retries: the error that follows says it all."""
-    shown = not datasets.are_progress_bars_disabled()
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if shown:
-            datasets.enable_progress_bars()

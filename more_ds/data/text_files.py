@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from more_ds.data.rows import read_rows
+from more_ds.data.row_files import read_rows
 from more_ds.errors import UserError
 from more_ds.tasks.rows import column
 from more_ds.tasks.template import TemplateError

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ import numpy.typing as npt
 from more_ds import log
 from more_ds.cache import cache_root, make_once
 from more_ds.data.encoding import Encoder
+from more_ds.data.stored import digest_examples
+from more_ds.digest import digest
 from more_ds.errors import UserError
 from more_ds.tasks.render import Example
 
-_FORMAT = 2
+_FORMAT = 3
 _CHUNK = 2048
-_FILES = ("ids", "ends", "lengths")
+_FILES: dict[str, Any] = {"ids.int32": np.int32, "ends.int64": np.int64, "lengths.int32": np.int32}
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,11 @@ def tokenised(name: str, examples: Sequence[Example], encoder: Encoder, cache_di
     Raises:
         UserError: a target is too long, the cache cannot be written to, or what it holds is damaged.
     """
-    folder = cache_root(cache_dir) / "tokens" / _key(examples, encoder)
+    key = digest([_FORMAT, encoder.signature, digest_examples(examples)])
+    folder = cache_root(cache_dir) / "tokens" / key
     make_once(folder, lambda place: _write(place, name, examples, encoder))
     try:
-        ids, ends, lengths = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in _FILES)
+        ids, ends, lengths = (np.memmap(folder / part, dtype, mode="r") for part, dtype in _FILES.items())
         num_cut = int(json.loads((folder / "about.json").read_text(encoding="utf-8"))["num_cut"])
         sound = len(ends) == 2 * len(lengths) == 2 * len(examples) and (not len(ends) or int(ends[-1]) == len(ids))
     except (OSError, EOFError, ValueError, KeyError, TypeError):
@@ -76,30 +79,22 @@ def tokenised(name: str, examples: Sequence[Example], encoder: Encoder, cache_di
     return Tokens(ids, ends, lengths, num_cut)
 
 
-def _key(examples: Sequence[Example], encoder: Encoder) -> str:
-    digest = hashlib.sha256(f"{_FORMAT}\n{encoder.signature}\n".encode())
-    for example in examples:
-        digest.update(f"{len(example.prompt)}:{example.prompt}{len(example.target)}:{example.target}".encode())
-    return digest.hexdigest()[:24]
-
-
 def _write(folder: Path, name: str, examples: Sequence[Example], encoder: Encoder) -> None:
     before = (encoder.num_prompts, encoder.num_cut)
-    ids: list[npt.NDArray[np.int32]] = []
-    sizes: list[int] = []
-    with log.Progress(len(examples), f"tokenising {name}") as bar:
+    position = 0
+    with log.Progress(len(examples), f"tokenising {name}") as bar, ExitStack() as stack:
+        ids, ends, lengths = (stack.enter_context((folder / part).open("wb")) for part in _FILES)
         for start in range(0, len(examples), _CHUNK):
             part = examples[start : start + _CHUNK]
             prompts = encoder.prompts([example.prompt for example in part])
             targets = encoder.targets([example.target for example in part])
             rows: list[Any] = [row for pair in zip(prompts, targets, strict=True) for row in pair]
-            sizes += map(len, rows)
-            ids.append(np.array([token for row in rows for token in row], dtype=np.int32))
+            sizes = np.fromiter(map(len, rows), np.int64, len(rows))
+            ids.write(np.array([token for row in rows for token in row], dtype=np.int32).tobytes())
+            ends.write((position + np.cumsum(sizes)).tobytes())
+            lengths.write(sizes.reshape(-1, 2).sum(1, dtype=np.int32).tobytes())
+            position += int(sizes.sum())
             bar.advance(len(part))
-    np.save(folder / "ids.npy", np.concatenate([np.empty(0, np.int32), *ids]))
-    of_parts = np.array(sizes, dtype=np.int64)
-    np.save(folder / "ends.npy", np.cumsum(of_parts))
-    np.save(folder / "lengths.npy", of_parts.reshape(-1, 2).sum(1, dtype=np.int32))
     about = {"task": name, "examples": len(examples), "num_cut": encoder.num_cut - before[1]}
     (folder / "about.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     encoder.num_prompts, encoder.num_cut = before  # counted when they are read

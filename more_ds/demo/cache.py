@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 from more_ds.cache import cache_root, make_once
 from more_ds.demo.backbone import build_backbone
 from more_ds.demo.generate import write_tasks
+from more_ds.digest import digest_sources
 from more_ds.errors import UserError, suggest
 from more_ds.pretrain.tokenizer import Kind
 
@@ -61,7 +61,4 @@ def prepare_data(cache_dir: Path | str | None = None) -> Path:
 
 def fingerprint() -> str:
     """Return 12 hex digits of the demo's own sources: another generator, another cache."""
-    digest = hashlib.sha256()
-    for source in sorted(_SOURCES.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+    return digest_sources(_SOURCES)

@@ -106,6 +106,12 @@ class Setting:
         """The ZeRO stage."""
         return int(self.zero.get("stage", 0))
 
+    @property
+    def sharing(self) -> int:
+        """Ranks among which ZeRO-3 gathers frozen weights: those of a node where it has a copy of them (hpZ)."""
+        copies = int(self.zero.get("zero_hpz_partition_size", 1))
+        return copies if copies > 1 else self.world
+
     def offloads(self, what: str) -> bool:
         """Whether `offload_optimizer` or `offload_param` moves a part to the host."""
         return (self.zero.get(what) or {}).get("device", "none") != "none"
@@ -207,7 +213,10 @@ def _whole(parameters: Inventory, workload: Workload, setting: Setting) -> dict[
 
 
 def _partitioned(parameters: Inventory, workload: Workload, setting: Setting) -> dict[str, float]:
-    """Stage 3: each rank keeps a part of everything, small parameters besides as a whole, and gathers the others."""
+    """Stage 3: each rank keeps a part of everything, small parameters besides as a whole, and gathers the others.
+
+    A copy inside the node (hpZ) is of what is gathered; for frozen weights it is made in the first step and stays.
+    """
     zero, world = setting.zero, setting.world
     threshold = float(zero.get("stage3_param_persistence_threshold", 1e5))
     size = workload.adapter_dtype.itemsize
@@ -216,9 +225,11 @@ def _partitioned(parameters: Inventory, workload: Workload, setting: Setting) ->
     if world > 1:  # a part that is the whole is not copied
         kept += float(frozen[parameters.frozen <= threshold].sum())
         kept += float(parameters.trainable[parameters.trainable <= threshold].sum()) * size
+    copies = 0.0 if setting.sharing == world else float(frozen[parameters.frozen > threshold].sum()) / setting.sharing
     count = parameters.num_trainable
     return {
         "weights": (float(frozen.sum()) + count * size) / world + kept + parameters.buffers,
+        "copy inside the node": copies,
         "gradients": count * 4.0 / world,
         "optimizer": (count * MASTER_BYTES + _moments(parameters, setting)) / world,
         "buckets": _bucket(setting, size),

@@ -100,7 +100,7 @@ class Subject:
 
     def candidate(self, cluster: Cluster, ds_path: str, sizes: BatchSizes) -> Candidate:
         """Memory and time of one way to run it."""
-        ds_config = resolve(ds_path, self.config, sizes, self.dtype)
+        ds_config = resolve(ds_path, self.config, sizes, self.dtype, per_node=cluster.per_node)
         check_paged(self.config.optim, ds_config, on_gpu=True)
         check_together(self.config.method, zero3=zero_stage(ds_config) == 3)
         setting = Setting(ds_config, cluster.gpus, cluster.per_node, self.config.quantization, optim=self.config.optim)
@@ -175,9 +175,10 @@ def best(found: Sequence[Candidate]) -> Candidate | None:
     return min(fitting, key=lambda candidate: candidate.time.seconds, default=None)
 
 
-def shipped(config: RunConfig) -> list[str]:
-    """The DeepSpeed configurations that come with the package and go with a run's optimizer and method."""
+def shipped(config: RunConfig, nodes: int = 1) -> list[str]:
+    """The DeepSpeed configurations that come with the package and go with a run's optimizer, method and nodes."""
     without = ["offload"] * is_paged(config.optim) + ["zero3"] * ("zero3" in METHODS[config.method].refuses)
+    without += ["hpz"] * (nodes == 1)  # the copy would be the partition itself
     paths = sorted(DS_CONFIGS.glob("*.json"))
     return [str(path) for path in paths if not any(word in path.stem for word in without)]
 

@@ -113,28 +113,32 @@ def step_time(
     """Time of one optimizer step.
 
     A frozen weight is gathered twice per micro-batch (forward, backward; what a checkpointed layer recomputes is still
-    there) and has no gradient to reduce. The adapter's gradients are reduced, and its values gathered, once
-    per step (ZeRO-3: reduced per micro-batch).
+    there) and has no gradient to reduce; with a copy inside the node (hpZ) it comes from there. The adapter's gradients
+    are reduced, and its values gathered, once per step (ZeRO-3: reduced per micro-batch).
     """
     volumes = received(parameters, workload, setting, accumulation)
-    world = setting.world
+    world, sharing = setting.world, setting.sharing
     gathered = _is_gathered(parameters, setting)
     calls = 2.0 * accumulation * float(gathered.sum())
-    gathers = links.seconds(volumes["weights"], world, calls)
+    gathers = links.seconds(volumes["weights"], sharing, calls)
     reduction = links.seconds(volumes["adapter"], world, 2.0)
     compute = micro_seconds * accumulation
     hidden = min(compute, OVERLAP * gathers)
-    scale = (world - 1) / world
+    of_whole = {"weights": (sharing - 1) / sharing, "adapter": (world - 1) / world}
+    mine = {name: volume * of_whole[name] for name, volume in volumes.items()}
     offload = _offload_seconds(volumes["weights"], parameters, workload, setting)
-    return StepTime(
-        compute, gathers, reduction, offload, gathers - hidden + reduction, {k: v * scale for k, v in volumes.items()}
-    )
+    return StepTime(compute, gathers, reduction, offload, gathers - hidden + reduction, mine)
 
 
 def received(parameters: Inventory, workload: Workload, setting: Setting, accumulation: int) -> Mapping[str, float]:
-    """Bytes of the whole tensors that collectives carry in one optimizer step: frozen weights, and the adapter."""
+    """Bytes of the whole tensors that collectives carry in one optimizer step: frozen weights, and the adapter.
+
+    With `zero_quantized_weights` (qwZ) weights travel as one byte a value; their scales are left out.
+    """
     frozen = frozen_bytes(parameters, workload, setting.quantization)
     gathered = frozen[_is_gathered(parameters, setting)]
+    if setting.zero.get("zero_quantized_weights"):
+        gathered = gathered / workload.dtype.itemsize
     size = workload.adapter_dtype.itemsize
     reductions = accumulation if setting.stage >= 2 else 1
     adapter = parameters.num_trainable * size * (reductions + 1.0)

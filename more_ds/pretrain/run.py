@@ -101,7 +101,7 @@ def prepare(settings: Settings, ranks: Ranks, ds_config_path: str | None) -> Pre
         warmup_steps=settings.warmup_steps, weight_decay=settings.weight_decay, lr_scheduler_type="cosine",
     )  # fmt: skip
     sizes = batch_sizes(config, ranks.world)
-    ds_config = resolve(ds_config_path, config, sizes, dtype)
+    ds_config = resolve(ds_config_path, config, sizes, dtype, per_node=ranks.per_node)
     texts, held = split_documents(list(read_documents([Path(text) for text in settings.texts], settings.column)))
     on_rank_zero(lambda: _begin(settings, folder, texts), ranks.device, f"{folder} cannot be written")
     tokenizer = load_tokenizer(_tokenizer_folder(settings, folder))

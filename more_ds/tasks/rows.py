@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from more_ds.errors import UserError
@@ -29,7 +29,7 @@ def column(row: Row, name: str) -> Any:
     raise TemplateError(f"no column '{name}'; found: {', '.join(sorted(map(str, row)))}")
 
 
-def joined(task: Task, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def joined(task: Task, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join the rows that have the same text in `task.group`, in order of first appearance.
 
     Of the references a list is made; the other columns are the first row's.
