@@ -116,7 +116,8 @@ def prepare(folder: str, ds_path: str | None, dtype: str, ranks: Ranks) -> Subje
     del sharding
     engine.train()
     trains = next(p for p in model.parameters() if p.requires_grad)
-    workload = Workload(model_config, adapter, DTYPES[dtype], trains.dtype, 0, ANSWER)
+    is_cut = zero_stage(ds_config) == 3
+    workload = Workload(model_config, adapter, DTYPES[dtype], trains.dtype, 0, ANSWER, partitioned=is_cut)
     encoder: Any = SimpleNamespace(is_encoder_decoder=model_config.is_encoder_decoder, pad_id=0)
     setting = Setting(ds_config, ranks.world, ranks.world, on_gpu=ranks.on_gpu)
     return Subject(Path(folder).name, workload, setting, TextModel(engine, encoder), ranks)

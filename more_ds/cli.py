@@ -49,6 +49,11 @@ def config_parser(description: str, usage: str | None = None) -> argparse.Argume
     return parser
 
 
+def positives(text: str) -> list[int]:
+    """The type of a flag that wants one or several counts, separated by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
 def positive(text: str) -> int:
     """The type of a flag that takes a whole number above zero."""
     if not text.isdecimal() or int(text) < 1:

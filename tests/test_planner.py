@@ -321,3 +321,60 @@ def test_a_slurm_script_runs_the_plan(capsys: Any, tmp_path: Path) -> None:
     assert code == 0
     assert "--recipe t5_base_glue" in path.read_text()
     assert "--per_device_train_batch_size 16" in path.read_text()
+
+
+@pytest.fixture
+def scaled(tmp_path: Path) -> Any:
+    """Plans a small recipe, whose weights are gathered, for several numbers of GPUs."""
+    (tmp_path / "llama").mkdir()
+    llama(2, hidden_size=1024, intermediate_size=2048).save_pretrained(tmp_path / "llama")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tmp_path}/llama\nsuite: [glue]\ntrain_batch_size: 16\nmax_steps: 10\n")
+    return lambda *flags: plan.main([str(recipe), "--gpu", "a100-80gb", "--gpus", "8,16,64", *flags])
+
+
+def test_scaling_keeps_the_work_of_a_gpu(scaled: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scaled("--json", str(tmp_path / "scaled.json")) == 0
+    found = {Path(path).stem: own for path, own in json.loads((tmp_path / "scaled.json").read_text()).items()}
+    assert sorted(found) == ["zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_offload"]
+    for own in found.values():
+        assert [one["sizes"]["world"] for one in own] == [8, 16, 64]
+        assert [one["sizes"]["total"] for one in own] == [16, 32, 128]
+        assert len({one["time"]["compute"] for one in own}) == 1
+    plain, copied = found["zero3"], found["zero3_hpz"]
+    assert plain[0]["time"] == copied[0]["time"], "one node needs no copy"
+    assert copied[2]["time"]["gathers"] == copied[0]["time"]["gathers"] < plain[1]["time"]["gathers"]
+    in_eight, in_many = (plain[i]["memory"]["device"]["weights"] for i in (0, 2))
+    eighth = (in_eight - in_many) / (1 / 8 - 1 / 64) / 8
+    assert copied[2]["memory"]["device"]["weights"] == in_many
+    assert copied[2]["memory"]["device"]["copy inside the node"] == pytest.approx(eighth, rel=0.1)
+    text = capsys.readouterr().out
+    assert text.count("communication takes more than 50% of a step") == 5
+    assert "of the first %" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--gpus", "8,4"), "have to ascend"),
+        (("--gpus", "8,13"), "--gpus 13 do not spread evenly"),
+        (("--gpus", "8,x"), "'x' is not a positive number"),
+        (("--brief",), "--brief: of a plan for one number of GPUs"),
+        (("--nodes", "2"), "--nodes: of a plan for one number of GPUs"),
+    ],
+)
+def test_scaling_refuses_what_it_cannot_plan(
+    scaled: Any, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scaled(*flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_weights_sent_in_8_bits_are_a_quarter_of_float32() -> None:
+    own = workload(llama(2))
+    plain, quantised = (
+        received(inventory(own), own, Setting({"zero_optimization": {"stage": 3, **more}}, 2), 1)
+        for more in ({}, {"zero_quantized_weights": True})
+    )
+    assert quantised["weights"] * 4 == pytest.approx(plain["weights"])
+    assert quantised["adapter"] == plain["adapter"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from launch import plan
 from more_ds.config import build, read_recipe
 from more_ds.planner.hardware import find_gpu
-from more_ds.planner.search import Cluster, Subject, best, candidates, shipped
+from more_ds.planner.search import DS_CONFIGS, Cluster, Subject, best, candidates, shipped
 
 RECIPES = {
     "t5_base_glue": [("rtx-4090", 2)],
@@ -29,6 +30,9 @@ RECIPES = {
     "mixtral_8x7b_glue": [("a100-80gb", 4)],
 }
 
+README = Path(__file__).parents[1] / "README.md"
+ROWS = [tuple(row.strip(" |").split(" | ")) for row in re.findall(r"^\| \w+ \| \d+ x .*$", README.read_text(), re.M)]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -47,3 +51,19 @@ def test_all_recipes_are_checked() -> None:
         "mole",
     }
     assert there == set(RECIPES)
+
+
+def test_the_readmes_rows_are_of_recipes_and_gpus_that_there_are() -> None:
+    assert {row[0] for row in ROWS} <= set(RECIPES)
+    assert len(ROWS) > 10
+    assert {row[2] for row in ROWS} <= {path.stem for path in DS_CONFIGS.glob("*.json")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=" on ".join)
+def test_the_readme_says_what_the_planner_says(row: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    found = re.fullmatch(r"(\d+) x (\S+)(?: on (\d+) nodes)?", row[1])
+    assert found is not None
+    count, gpu, nodes = found.groups()
+    assert plan.main([row[0], "--gpus", count, "--gpu", gpu, "--nodes", nodes or "1", "--brief"]) == 0
+    assert capsys.readouterr().out.strip() == f"| {' | '.join(row)} |"

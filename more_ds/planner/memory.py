@@ -294,8 +294,11 @@ def unpacking_traffic(parameters: Inventory, workload: Workload, quantization: s
 
 
 def _loading(parameters: Inventory, workload: Workload, setting: Setting) -> float:
-    """Host bytes of a node while the weights are read: a copy per rank, or under ZeRO-3 one and the parts."""
-    whole = parameters.num_frozen * float(workload.dtype.itemsize)
+    """Host bytes of a node while the weights are read: a copy per rank; under ZeRO-3 one parameter after the other.
+
+    What is mapped from the files is not counted: the system takes it back where it needs the memory.
+    """
+    size = float(workload.dtype.itemsize)
     if setting.stage == 3 and setting.quantization == "none":
-        return whole * (1 + setting.ranks_per_node / setting.world)
-    return whole * setting.ranks_per_node
+        return float(parameters.frozen.max(initial=0.0)) * size * setting.ranks_per_node
+    return parameters.num_frozen * size * setting.ranks_per_node

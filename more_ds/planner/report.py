@@ -83,6 +83,17 @@ def text(
     return "\n\n".join([head, _choices(found, chosen), _split(chosen, cluster), _totals(chosen, whole)])
 
 
+def brief(recipe: str, cluster: Cluster, chosen: Candidate, whole: Mapping[str, float]) -> str:
+    """The plan as a row of a Markdown table: what, where, how, and what it takes."""
+    sizes = chosen.sizes
+    cells = [
+        Path(recipe).stem, str(cluster), Path(chosen.ds_path).stem, f"{sizes.accumulation} x {sizes.micro}",
+        f"{chosen.memory.total / GB:.0f} of {cluster.gpu.memory:.0f}", f"{whole['seconds_per_step']:.2f}",
+        f"{whole['hours']:.1f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
 def as_json(
     recipe: str, subject: Subject, cluster: Cluster, found: Sequence[Candidate], chosen: Candidate,
     whole: Mapping[str, float],

@@ -96,7 +96,7 @@ class Subject:
             answer or config.max_target_length, config.gradient_checkpointing, config.attn_implementation or "sdpa",
         )  # fmt: skip
         self.parameters: Inventory = inventory(self.workload)
-        self._tracers: dict[torch.dtype, Tracer] = {}
+        self._tracers: dict[bool, Tracer] = {}
 
     def candidate(self, cluster: Cluster, ds_path: str, sizes: BatchSizes) -> Candidate:
         """Memory and time of one way to run it."""
@@ -126,10 +126,10 @@ class Subject:
         """The workload and its tracer: DeepSpeed casts PEFT's float32 adapter, except under ZeRO-3."""
         is_adapter = not isinstance(self.workload.adapter, FullConfig)
         dtype = torch.float32 if stage == 3 and is_adapter else self.workload.dtype
-        workload = replace(self.workload, adapter_dtype=dtype)
-        if dtype not in self._tracers:
-            self._tracers[dtype] = Tracer(workload)
-        return workload, self._tracers[dtype]
+        workload = replace(self.workload, adapter_dtype=dtype, partitioned=stage == 3)
+        if workload.partitioned not in self._tracers:
+            self._tracers[workload.partitioned] = Tracer(workload)
+        return workload, self._tracers[workload.partitioned]
 
 
 def cuts(config: RunConfig, world: int) -> Iterator[BatchSizes]:

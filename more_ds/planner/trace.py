@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +49,7 @@ class Workload:
         answer: tokens of an answer.
         checkpointing: recompute activations, layer by layer.
         attention: as in transformers; `eager` keeps the matrix of attention weights, the others do not.
+        partitioned: ZeRO-3 cuts the parameters; its linear maps keep their inputs, also where the weights are frozen.
     """
 
     model_config: Any
@@ -59,6 +60,7 @@ class Workload:
     answer: int
     checkpointing: bool = False
     attention: str = "sdpa"
+    partitioned: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,10 @@ def build(workload: Workload, depth: int | None = None) -> Any:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(workload.adapter_dtype)
+        if workload.partitioned:  # as DeepSpeed marks what it keeps whole; MoRE then takes other functions
+            marks = {"ds_id": 0, "ds_persist": True, "ds_status": SimpleNamespace(name="AVAILABLE")}
+            for name, value in marks.items():
+                setattr(parameter, name, value)
     if workload.checkpointing:
         model.enable_input_require_grads()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -160,7 +166,8 @@ def trace(model: nn.Module, workload: Workload, micro: int) -> Trace:
     """Run one micro-batch of `micro` examples through a model on the meta device."""
     encoder: Any = SimpleNamespace(is_encoder_decoder=workload.model_config.is_encoder_decoder, pad_id=0)
     text_model = TextModel(model, encoder)
-    with _without_gradients(model), _fused_attention(), _Accountant(model) as account:
+    keeping = _inputs_kept() if workload.partitioned else nullcontext()
+    with keeping, _without_gradients(model), _fused_attention(), _Accountant(model) as account:
         tensors = batch(workload, micro)
         nll, _ = label_nll(text_model.label_logits(tensors), tensors["labels"])
         auxiliary = text_model.auxiliary_loss()
@@ -200,6 +207,36 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _KeepInput(torch.autograd.Function):
+    """Returns its first argument, and keeps the second for a backward pass that does not read it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+@contextmanager
+def _inputs_kept() -> Iterator[None]:
+    """Linear maps that keep their inputs for the backward pass, as DeepSpeed's do (`memory_efficient_linear`)."""
+    original = nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output: Tensor = _KeepInput.apply(original(x, weight, bias), x)
+        return output
+
+    nn.functional.linear = linear  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.linear = original  # type: ignore[assignment]
 
 
 @contextmanager
