@@ -130,13 +130,19 @@ def _profile(arguments: argparse.Namespace) -> dict[str, Any]:
 def _growth(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for shape in arguments.shape.split(","):
-        ratios = growth(_setting(arguments, shape), rounds=arguments.rounds)
+        grown = growth(_setting(arguments, shape), rounds=arguments.rounds)
         log.say(f"\n{shape}, {_where(arguments)}: MoRE's step over LoRA's of the same rank, {arguments.rounds} rounds")
-        rows = [[axis, value, str(ratio)] for axis, own in ratios.items() for value, ratio in own.items()]
-        log.say(log.table(["what grows", "to", "time"], rows))
-        found[shape] = {axis: {value: asdict(r) for value, r in own.items()} for axis, own in ratios.items()}
+        rows = [
+            [axis, value, 1000 * one.time.seconds, str(one.time), one.peak_mb, one.memory]
+            for axis, own in grown.items()
+            for value, one in own.items()
+        ]
+        log.say(log.table(["what grows", "to", "ms", "time of LoRA's", "peak MB", "of LoRA's"], rows))
+        found[shape] = {axis: {value: asdict(one) for value, one in own.items()} for axis, own in grown.items()}
         if folder := _folder(arguments):
-            plot.lines(folder / f"growth-{shape}.svg", f"{shape}, {_where(arguments)}", ratios)
+            plot.lines(folder / f"growth-{shape}.svg", f"{shape}, {_where(arguments)}", {
+                axis: {value: one.time for value, one in own.items()} for axis, own in grown.items()
+            })  # fmt: skip
     return found
 
 

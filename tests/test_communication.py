@@ -11,9 +11,10 @@ import deepspeed.comm.comm
 import numpy as np
 import pytest
 import torch
+from deepspeed.utils import z3_leaf_module
 from distributed import run_ranks
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from more_ds import MoreConfig
 from more_ds.config import RunConfig
@@ -24,7 +25,7 @@ from more_ds.planner.timing import received
 from more_ds.planner.trace import Workload
 
 SHAPE = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=6, num_attention_heads=2, pad_token_id=0,
+    vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, pad_token_id=0,
     max_position_embeddings=16,
 )  # fmt: skip
 ADAPTER = {"r": 4, "num_tasks": 3, "task_dim": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
@@ -102,6 +103,23 @@ def test_frozen_weights_are_gathered_twice_and_never_reduced(accumulation: int, 
     # The embedding has no backward pass, and what forward ends with backward begins with.
     once = 2 * 64 * 32 + 96 * 32
     assert volumes["weights"] - accumulation * once <= gathered <= volumes["weights"]
+
+
+def leaves(ranks: Ranks, folder: Path) -> list[str]:
+    """The classes of the modules whose parameters ZeRO-3 gathers at once, of a model with routed experts."""
+    path = folder / f"ds-{ranks.rank}.json"
+    path.write_text(json.dumps({"zero_optimization": STAGE_3}))
+    config = RunConfig(train_batch_size=ranks.world)
+    ds_config = resolve(str(path), config, batch_sizes(config, ranks.world), "fp32")
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 4, "num_key_value_heads": 2, "num_attention_heads": 2}
+    base = MixtralForCausalLM(MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=24, **sizes))
+    engine = start(get_peft_model(base, MoreConfig(**ADAPTER)), config, ds_config, ranks)
+    return [type(module).__name__ for module in engine.module.modules() if z3_leaf_module(module)]
+
+
+def test_routed_blocks_are_gathered_as_one(tmp_path: Path) -> None:
+    """Else ranks whose tokens take other experts would gather other parameters."""
+    assert run_ranks(leaves, 2, tmp_path) == [["MixtralSparseMoeBlock"] * 2] * 2
 
 
 def test_a_copy_inside_the_node_keeps_frozen_weights_off_the_network(tmp_path: Path) -> None:

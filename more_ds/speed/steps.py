@@ -183,8 +183,23 @@ class Conventions:
         self.is_encoder_decoder = shape.config["model_type"] == "t5"
 
 
-def growth(setting: Setting, *, rounds: int) -> dict[str, dict[str, Ratio]]:
-    """MoRE's step over LoRA's as one thing grows: by what grows and its value."""
+@dataclass(frozen=True)
+class Grown:
+    """What MoRE's step costs at one size.
+
+    Attributes:
+        time: over that of a LoRA of the same rank.
+        peak_mb: the most bytes of tensors at once, in MB (10^6).
+        memory: those over LoRA's.
+    """
+
+    time: Ratio
+    peak_mb: float
+    memory: float
+
+
+def growth(setting: Setting, *, rounds: int) -> dict[str, dict[str, Grown]]:
+    """MoRE's step beside LoRA's as one thing grows: by what grows and its value."""
     config, seq2seq = setting.shape.config, setting.shape.config["model_type"] == "t5"
     width, depth = ("d_model", "num_layers") if seq2seq else ("hidden_size", "num_hidden_layers")
     inner = "d_ff" if seq2seq else "intermediate_size"
@@ -200,7 +215,7 @@ def growth(setting: Setting, *, rounds: int) -> dict[str, dict[str, Ratio]]:
         "rows": {str(n): replace(setting, shape=replace(setting.shape, rows=n)) for n in (1, 4, 16)},
         "length": {str(n): replace(setting, shape=replace(setting.shape, length=n)) for n in (32, 128, 512)},
     }
-    found: dict[str, dict[str, Ratio]] = {}
+    found: dict[str, dict[str, Grown]] = {}
     for axis, settings in axes.items():
         found[axis] = {}
         for value, one in settings.items():
@@ -208,5 +223,8 @@ def growth(setting: Setting, *, rounds: int) -> dict[str, dict[str, Ratio]]:
             for name, own in {"lora": f"lora r={one.rank}", "more": "more fused"}.items():
                 steps[name] = step_of(one, own)[0]
                 steps[name]()
-            found[axis][value] = compare(steps, "lora", rounds=rounds)["more"]
+            time = compare(steps, "lora", rounds=rounds)["more"]
+            gc.collect()
+            peaks = {name: peak_bytes(step) for name, step in steps.items()}
+            found[axis][value] = Grown(time, peaks["more"] / 1e6, peaks["more"] / peaks["lora"])
     return found
