@@ -27,7 +27,7 @@ from more_ds.compare.bootstrap import RESAMPLES
 from more_ds.data.rows import load_examples
 from more_ds.errors import UserError, suggest
 from more_ds.evaluate import check_known, evaluate
-from more_ds.loading import Subject, choose_dtype, find_subject, load_text_model
+from more_ds.loading import Subject, choose_device, choose_dtype, find_subject, load_text_model
 from more_ds.metrics import Gold
 from more_ds.model import DTYPES
 from more_ds.results import GENERATION, LIKELIHOOD, PREDICTIONS, RESULTS, TaskResult, result_table, write_results
@@ -126,10 +126,9 @@ def _join(arguments: argparse.Namespace) -> bool:
     """Choose the device, and form the process group where a launcher started several processes."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    arguments.device = arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    own = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    arguments.device = choose_device(arguments.device or own)
     on_gpu = arguments.device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"--device {arguments.device}: torch sees no GPU; use --device cpu")
     if world == 1 or dist.is_initialized():
         return False
     if on_gpu:

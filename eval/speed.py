@@ -42,7 +42,7 @@ from more_ds.data.rows import load_examples
 from more_ds.data.tokens import tokenised
 from more_ds.engine import Ranks
 from more_ds.errors import UserError, suggest
-from more_ds.loading import choose_dtype, default_device, find_subject, load_text_model
+from more_ds.loading import choose_device, choose_dtype, find_subject, load_text_model
 from more_ds.model import DTYPES, load_tokenizer, read_model_config
 from more_ds.run_folder import versions
 from more_ds.speed import plot
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> None:
     arguments, _ = cli.parse(_parser(), argv)
     log.quiet_libraries()
-    arguments.device = arguments.device or default_device()
+    arguments.device = choose_device(arguments.device)
     document = {
         "settings": vars(arguments), "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "versions": versions(), arguments.part: PARTS[arguments.part](arguments),

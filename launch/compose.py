@@ -39,7 +39,7 @@ from more_ds.data.rows import load_examples
 from more_ds.errors import UserError, suggest
 from more_ds.evaluate import evaluate
 from more_ds.export.lora import write_lora
-from more_ds.loading import default_device, find_subject, load_text_model
+from more_ds.loading import choose_device, find_subject, load_text_model
 from more_ds.plan import with_demo
 from more_ds.rendezvous import from_slurm
 from more_ds.results import TaskResult, result_table, write_results
@@ -157,7 +157,7 @@ def _job(arguments: argparse.Namespace, recipe: Mapping[str, Any], flags: dict[s
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output_dir {folder} exists and holds something; name another folder")
     tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
-    return _Job(config, method, sources, tasks, folder, default_device())
+    return _Job(config, method, sources, tasks, folder, choose_device())
 
 
 def _the_mole(arguments: argparse.Namespace) -> str:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from more_ds import cli, log
 from more_ds.errors import UserError, suggest
 from more_ds.inference import Answer, Inference, check_tasks
-from more_ds.loading import default_device, find_subject
+from more_ds.loading import choose_device, find_subject
 from more_ds.model import DTYPES
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.template import TemplateError, fill
@@ -51,7 +51,7 @@ def _main(argv: Sequence[str]) -> None:
         arguments.run,
         base_model=arguments.base_model,
         dtype=arguments.dtype,
-        device=arguments.device or default_device(),
+        device=choose_device(arguments.device),
         max_source_length=arguments.max_source_length,
     )
     answers = model.generate(

@@ -17,7 +17,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from more_ds.errors import UserError, suggest
-from more_ds.loading import choose_dtype, default_device, find_subject, load_text_model
+from more_ds.loading import choose_device, choose_dtype, find_subject, load_text_model
 from more_ds.log import Progress
 from more_ds.losses import IGNORED, label_nll
 from more_ds.scoring.generation import generate
@@ -78,7 +78,7 @@ class MoreDsLM(LM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size is {batch_size!r}; give a positive number")
         self._batch_size, self._end_of_answer = int(batch_size), end_of_answer
-        device = device or default_device()
+        device = choose_device(device)
         source_length, target_length = subject.lengths(max_source_length, max_target_length)
         self.text_model = load_text_model(
             subject,

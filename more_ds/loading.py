@@ -125,9 +125,19 @@ def _whole_model(name: str, folder: Path, base_model: str | None, run: Mapping[s
     return Subject(name, str(folder), run=run, folder=folder.parent / "eval")
 
 
-def default_device() -> str:
-    """Where a model goes that nobody has sent elsewhere: to a GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def choose_device(asked: str | None = None) -> str:
+    """Where a model goes: to the device that is asked for, else to a GPU if there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked is None:
+        return "cuda" if there else "cpu"
+    if asked not in ("cpu", *["cuda"] * (there > 0), *(f"cuda:{i}" for i in range(there))):
+        found = f"{there} GPU{'s' * (there != 1)}" if there else "no GPU"
+        raise UserError(f"--device {asked}: torch sees {found}; use --device {'cuda' if there else 'cpu'}")
+    return asked
 
 
 def choose_dtype(subject: Subject, dtype: str | None, device: str) -> str:

@@ -189,3 +189,21 @@ def test_the_largest_differences_come_first() -> None:
         "b": {"x": Operation(6, 1), "y": Operation(1, 2), "new": Operation(2, 1)},
     }
     assert largest_differences(found, "a", "b", 3) == ["new", "x", "gone"]
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda0", "gpu"])
+def test_a_device_that_is_not_there_is_one_line(speed: Any, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert speed.main(["step", "--device", device]) == 2
+    assert f"error: --device {device}: torch sees " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_growth(speed: Any, tmp_path: Path) -> None:
+    argv = ["growth", "--shape", "llama-128-launch", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path)]
+    assert speed.main(argv) == 0
+    found = json.loads((tmp_path / "growth.json").read_text())["growth"]["llama-128-launch"]
+    assert set(found) == {"depth", "width", "rank", "tasks", "rows", "length"}
+    peaks = [[one["peak_mb"] for one in own.values()] for own in found.values()]
+    assert all(own == sorted(own) for own in peaks), "more of anything takes no less memory"
+    assert all(one["time"]["median"] > 0 for own in found.values() for one in own.values())
+    assert (tmp_path / "growth-llama-128-launch.svg").is_file()
