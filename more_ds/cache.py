@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -43,3 +44,16 @@ def make_once(target: Path, build: Callable[[Path], None]) -> None:
         raise UserError(
             f"{target.name} cannot be kept in {target.parent}: {error}; set MORE_DS_CACHE to a folder with space"
         ) from error
+
+
+@contextmanager
+def sound(folder: Path, what: str) -> Iterator[None]:
+    """Read `what` from a folder of the cache inside; raise ValueError there where it cannot be right.
+
+    Raises:
+        UserError: something is missing, or is not what was written.
+    """
+    try:
+        yield
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{what} in {folder} are damaged; delete that folder, they are made again") from error

@@ -188,10 +188,10 @@ def make(
     train = [_training_examples(config, task) for task in tasks]
     validation = {task.name: _load(config, task, "validation", config.eval_limit) for task in tasks}
     tokens = None
-    if not config.group_by_length:
-        check_targets(encoder, train)
-    else:
+    if config.group_by_length:  # which finds answers that are too long by itself
         tokens = [tokenised(task.name, examples, encoder) for task, examples in zip(tasks, train, strict=True)]
+    else:
+        check_targets(encoder, train)
     sampler = _sampler(config, tasks, train, sizes, group_size or sizes.micro, tokens)
     total = config.max_steps or math.ceil(config.num_train_epochs * sampler.steps_per_epoch)
     return Plan(

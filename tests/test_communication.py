@@ -39,14 +39,19 @@ STAGE_3 = {
 }  # fmt: skip  # nothing is kept for the backward pass
 
 
-def values_by_call(ranks: Ranks, zero: dict[str, Any], folder: Path, accumulation: int) -> Counter[tuple[str, int]]:
-    """Values of the whole tensors in the collectives of the third step, by call and size of the group."""
+def engine_of(base: Any, ranks: Ranks, zero: dict[str, Any], folder: Path, accumulation: int = 1) -> Any:
+    """A model with a MoRE adapter in an engine, on nodes of two ranks."""
     path = folder / f"ds-{ranks.rank}.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     config = RunConfig(train_batch_size=ranks.world * accumulation, gradient_accumulation_steps=accumulation)
     ds_config = resolve(str(path), config, batch_sizes(config, ranks.world), "fp32", per_node=2)
+    return start(get_peft_model(base, MoreConfig(**ADAPTER)), config, ds_config, ranks)
+
+
+def values_by_call(ranks: Ranks, zero: dict[str, Any], folder: Path, accumulation: int) -> Counter[tuple[str, int]]:
+    """Values of the whole tensors in the collectives of the third step, by call and size of the group."""
     torch.manual_seed(0)
-    engine = start(get_peft_model(LlamaForCausalLM(SHAPE), MoreConfig(**ADAPTER)), config, ds_config, ranks)
+    engine = engine_of(LlamaForCausalLM(SHAPE), ranks, zero, folder, accumulation)
     seen: Counter[tuple[str, int]] = Counter()
     backend: Any = deepspeed.comm.comm.cdb
     for name in CALLS:
@@ -107,13 +112,9 @@ def test_frozen_weights_are_gathered_twice_and_never_reduced(accumulation: int, 
 
 def leaves(ranks: Ranks, folder: Path) -> list[str]:
     """The classes of the modules whose parameters ZeRO-3 gathers at once, of a model with routed experts."""
-    path = folder / f"ds-{ranks.rank}.json"
-    path.write_text(json.dumps({"zero_optimization": STAGE_3}))
-    config = RunConfig(train_batch_size=ranks.world)
-    ds_config = resolve(str(path), config, batch_sizes(config, ranks.world), "fp32")
     sizes = {"num_hidden_layers": 2, "num_local_experts": 4, "num_key_value_heads": 2, "num_attention_heads": 2}
     base = MixtralForCausalLM(MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=24, **sizes))
-    engine = start(get_peft_model(base, MoreConfig(**ADAPTER)), config, ds_config, ranks)
+    engine = engine_of(base, ranks, STAGE_3, folder)
     return [type(module).__name__ for module in engine.module.modules() if z3_leaf_module(module)]
 
 

@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from more_ds import log, tasks
-from more_ds.cache import cache_root, make_once
+from more_ds.cache import cache_root, make_once, sound
 from more_ds.data.rows import IntArray, Selection, rendered, require_rows, select
 from more_ds.digest import digest, digest_integers, digest_sources
-from more_ds.errors import UserError
 from more_ds.tasks.render import Example, expand
 from more_ds.tasks.schema import Task
 
@@ -86,15 +85,10 @@ def stored_examples(
     """
     selection = select(task, "train", data_dir)
     parts = [_FORMAT, digest_sources(Path(tasks.__file__).parent), asdict(task), plain, selection.source.identity()]
-    key = digest(json.loads(json.dumps(parts, default=str)))
-    folder = cache_root(cache_dir) / "examples" / key
+    folder = cache_root(cache_dir) / "examples" / digest(json.dumps(parts, default=str))
     make_once(folder, lambda place: _write(place, task, selection, plain))
-    try:
+    with sound(folder, f"the examples of task '{task.name}'"):
         return _read(folder, task, selection)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the examples of task '{task.name}' in {folder} are damaged; delete that folder, they are made again"
-        ) from error
 
 
 def digest_examples(examples: Sequence[Example]) -> str:

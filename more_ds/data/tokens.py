@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from more_ds import log
-from more_ds.cache import cache_root, make_once
+from more_ds.cache import cache_root, make_once, sound
 from more_ds.data.encoding import Encoder
 from more_ds.data.stored import digest_examples
 from more_ds.digest import digest
-from more_ds.errors import UserError
 from more_ds.tasks.render import Example
 
 _FORMAT = 3
@@ -66,14 +65,11 @@ def tokenised(name: str, examples: Sequence[Example], encoder: Encoder, cache_di
     key = digest([_FORMAT, encoder.signature, digest_examples(examples)])
     folder = cache_root(cache_dir) / "tokens" / key
     make_once(folder, lambda place: _write(place, name, examples, encoder))
-    try:
+    with sound(folder, f"the tokens of task '{name}'"):
         ids, ends, lengths = (np.memmap(folder / part, dtype, mode="r") for part, dtype in _FILES.items())
         num_cut = int(json.loads((folder / "about.json").read_text(encoding="utf-8"))["num_cut"])
-        sound = len(ends) == 2 * len(lengths) == 2 * len(examples) and (not len(ends) or int(ends[-1]) == len(ids))
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise UserError(f"the tokens of task '{name}' in {folder} are damaged; delete that folder, they are made again")
+        if not len(ends) == 2 * len(lengths) == 2 * len(examples) or (len(ends) and int(ends[-1]) != len(ids)):
+            raise ValueError("of another length")
     encoder.num_prompts += len(examples)
     encoder.num_cut += num_cut
     return Tokens(ids, ends, lengths, num_cut)

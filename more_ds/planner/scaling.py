@@ -9,6 +9,7 @@ from more_ds import log
 from more_ds.ds_config import BatchSizes
 from more_ds.errors import UserError
 from more_ds.planner.hardware import Gpu
+from more_ds.planner.report import GB
 from more_ds.planner.search import Candidate, Cluster, Subject, candidates, tokens_per_step
 
 DOMINATES = 0.5
@@ -55,7 +56,7 @@ def text(subject: Subject, gpu: Gpu, found: Mapping[str, Sequence[Candidate]]) -
         for one in own:
             rate = tokens_per_step(subject, one.sizes) / one.time.seconds
             world = one.sizes.world
-            gb, full = one.memory.total / 1e9, own[0].time.seconds / one.time.seconds
+            gb, full = one.memory.total / GB, own[0].time.seconds / one.time.seconds
             note = "" if one.fits else "does not fit"
             rows.append(
                 [world, gb, f"{one.time.seconds:.3f}", int(rate), int(rate / world), 100 * full, 100 * share(one), note]
