@@ -3,6 +3,7 @@
     python launch/study.py list
     python launch/study.py table5 --scale demo
     python launch/study.py table2 --scale small --seeds 3 --jobs 2 -- --model FOLDER --data_dir FOLDER
+    python launch/study.py table2 --scale small --systems "LoRA r = 16,MoRE" --rates 3e-4,1e-3,3e-3 -- --model FOLDER
     python launch/study.py table2 --scale paper --slurm table2.sbatch -- --data_dir /data
 
 What follows `--` are flags of launch/train.py for every run. Studies of one output folder share their runs. The same
@@ -24,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from more_ds import cli, log
 from more_ds.compare.tables import as_text
 from more_ds.errors import UserError
-from more_ds.study.definition import read_scale, read_study, study_names
+from more_ds.study.definition import only_systems, read_scale, read_study, study_names
 from more_ds.study.jobs import Job, make_jobs
 from more_ds.study.outcome import tables_of, write_outcome
 from more_ds.study.queue import Start, launcher, run_all
+from more_ds.study.rates import best_rates, rates_table, search_jobs
 
 LIST = "list"
 # The scripts of clusters lie in a folder of the same name, which a plain import would find.
@@ -49,16 +51,28 @@ def _main(arguments: argparse.Namespace, given: Sequence[str], start: Start | No
         return log.say(log.table(["study", "kind", "systems", "what it is"],
                                  [[s.name, s.kind, len(s.arms), s.about] for s in studies]))  # fmt: skip
     study = read_study(arguments.name, scale)
+    if arguments.systems:
+        study = only_systems(study, [name.strip() for name in arguments.systems.split(",")])
     _, flags = cli.parse(cli.config_parser(""), given)
     output = Path(arguments.output or Path("studies") / arguments.scale)
-    jobs = make_jobs(study, scale, arguments.seeds, flags, output, arguments.ds_config)
+    where = (flags, output, arguments.ds_config)
+    search = search_jobs(study, scale, arguments.rates, *where) if arguments.rates else []
+
+    def run(jobs: Sequence[Job]) -> None:
+        by_seed = sorted(jobs, key=lambda job: job.seed)  # one of every system first: a deadline cuts off seeds
+        run_all(by_seed, start or launcher(arguments.jobs, arguments.gpus), slots=arguments.jobs, logs=output / "logs")
+
+    if search and not (arguments.list or arguments.slurm):
+        run(search)
+    is_searched = all(job.is_done for job in search)
+    # Until the rates are known, there is nothing but their search to list or to submit.
+    jobs = make_jobs(study, scale, arguments.seeds, *where, best_rates(search)) if is_searched else search
     if arguments.list:
         return log.say(_listing(jobs))
     if arguments.slurm:
-        return _write_slurm(arguments, study.name, jobs)
-    by_seed = sorted(jobs, key=lambda job: job.seed)  # one of every system first: what a deadline cuts off are seeds
-    run_all(by_seed, start or launcher(arguments.jobs, arguments.gpus), slots=arguments.jobs, logs=output / "logs")
-    tables = tables_of(study, jobs, scale, flags)
+        return _write_slurm(arguments, study.name, jobs, "for the tables" if is_searched else "or with it, to go on")
+    run(jobs)
+    tables = [*tables_of(study, jobs, scale, flags), *([rates_table(study, search)] if search else [])]
     write_outcome(output / study.name, study, jobs, tables)
     log.say("\n\n".join(as_text(table, 2) for table in tables))
     log.say(f"\nwritten to {output / study.name}: index.html, table.md, table.tex, table.json")
@@ -74,6 +88,14 @@ def _parser() -> argparse.ArgumentParser:
         help="demo, generated, small or paper: a file in launch/studies/scales; default: demo",
     )
     add("--seeds", type=cli.positive, default=3, help="runs of each system, or draws of a transfer; default: 3")
+    add("--systems", metavar="A,B", help="some of the study's, by name; default: all")
+    add(
+        "--rates",
+        type=_rates,
+        metavar="A,B",
+        help="learning rates: every system trains seed 0 at each, and its other seeds at the one with the best "
+        "validation score; default: the scale's, for all",
+    )
     add("--output", help="folder of all studies of this scale; default: studies/<scale>")
     add("--jobs", type=cli.positive, default=1, help="how many run at once on this machine; default: 1")
     add("--gpus", type=int, default=0, help="GPUs of each job; default: what it sees, by one process")
@@ -83,6 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}': {error}") from error
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(f"'{text}': a learning rate is a finite number above zero")
+    return rates
+
+
 def _listing(jobs: Sequence[Job]) -> str:
     rows: list[list[Any]] = [
         [job.arm, job.backbone, job.seed, job.script, "done" if job.is_done else "to do", job.id] for job in jobs
@@ -90,7 +122,7 @@ def _listing(jobs: Sequence[Job]) -> str:
     return log.table(["system", "backbone", "seed", "command", "state", "job"], rows)
 
 
-def _write_slurm(arguments: argparse.Namespace, name: str, jobs: Sequence[Job]) -> None:
+def _write_slurm(arguments: argparse.Namespace, name: str, jobs: Sequence[Job], then: str) -> None:
     """Write an array of the runs that are not done; what starts from a run, and the table, are left to this command.
 
     Raises:
@@ -117,7 +149,7 @@ def _write_slurm(arguments: argparse.Namespace, name: str, jobs: Sequence[Job]) 
     text = text.replace('cd "${SLURM_SUBMIT_DIR}"', f"cd {shlex.quote(str(slurm.ROOT))}")
     Path(arguments.slurm).write_text(text, encoding="utf-8")
     log.say(f"wrote {arguments.slurm}: {len(runs)} runs; submit it: sbatch {arguments.slurm}; then give this command "
-            "without --slurm for the tables")  # fmt: skip
+            f"without --slurm {then}")  # fmt: skip
 
 
 def _absolute(job: Job) -> list[str]:

@@ -34,7 +34,7 @@ class TextModel:
     def __init__(self, module: nn.Module, encoder: Encoder) -> None:
         """Read from the model which arguments it takes."""
         self.module, self.encoder = module, encoder
-        base = self.peft.get_base_model() if isinstance(self.peft, PeftModel) else self.peft
+        base: Any = self.peft.get_base_model() if isinstance(self.peft, PeftModel) else self.peft
         self.config = base.config
         self.base = base
         self.is_encoder_decoder = encoder.is_encoder_decoder
@@ -44,6 +44,8 @@ class TextModel:
         self.decoder_keys = ["decoder_input_ids", "decoder_attention_mask"]
         self.takes_positions = "position_ids" in accepted and not self.is_encoder_decoder
         self.keeps_logits = "logits_to_keep" in accepted
+        if self.keeps_logits and (head := base.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(_fold_rows)
         adapter = self.peft.active_peft_config if isinstance(self.peft, PeftModel) else None
         self.trains_prompt = adapter is not None and adapter.is_prompt_learning
         if self.trains_prompt and self.takes_positions:
@@ -148,6 +150,15 @@ class TextModel:
         """What a method that routes by task or reads the prompt is told beside the base model's own inputs."""
         keys = [*["task_ids"] * self.routes_by_task, *["prompt_mask"] * self.pools]
         return {key: batch[key] for key in keys if key in batch}
+
+
+def _fold_rows(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Give a frozen head rows that one product takes.
+
+    What `logits_to_keep` leaves of the rows is a view with gaps, for which torch copies the head's matrix once a row:
+    (batch, vocabulary, width), gigabytes for a real vocabulary.
+    """
+    return args[0].contiguous(), *args[1:]
 
 
 def _count_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -22,6 +22,7 @@ from more_ds.metrics import METRICS
 from more_ds.results import write_results
 from more_ds.study.definition import Study, read_scale, read_study, study_names
 from more_ds.study.jobs import Job, make_jobs
+from more_ds.study.rates import best_rates, rates_table
 from more_ds.study.scores import score_tables
 
 FAST = ("table4", "table6", "figure5")
@@ -150,6 +151,63 @@ def test_an_interrupted_study_goes_on(place: Path, flags: list[str]) -> None:
     assert len(list(output.glob("runs/*/eval/test/results.json"))) == 2
 
 
+def searched(folder: Path, scores: Mapping[str, Mapping[float, list[float]]]) -> list[Job]:
+    """Jobs whose runs were evaluated: validation scores in the order of steps, by system and rate."""
+    jobs = []
+    for arm, rates in scores.items():
+        for rate, means in rates.items():
+            job = replace(simple(f"{arm}-{rate}", folder), arm=arm, recipe={"learning_rate": rate})
+            job.folder.mkdir(parents=True)
+            rows = [{"step": step, "mean_score": mean, "evaluation": {}} for step, mean in enumerate(means)]
+            for name, content in (("config", {"method": "lora"}), ("plan", {"tasks": {}}), ("versions", {})):
+                (job.folder / f"{name}.json").write_text(json.dumps(content))
+            (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            jobs.append(job)
+    return jobs
+
+
+def test_the_best_rate_of_every_system_is_taken_from_validation(tmp_path: Path) -> None:
+    scores = {
+        "inside": {1e-4: [50.0, 51.0], 1e-3: [50.0, 70.0, 60.0], 1e-2: [50.0, 65.0]},
+        "edge": {1e-4: [50.0, 40.0], 1e-3: [60.0], 1e-2: [61.0, 62.0]},
+        "level": {1e-4: [20.0], 1e-3: [50.0], 1e-2: [50.0]},
+    }
+    jobs = searched(tmp_path, scores)
+    assert best_rates(jobs) == {("b", "inside"): 1e-3, ("b", "edge"): 1e-2, ("b", "level"): 1e-3}
+    table = rates_table(Study("mine", "about", "glue", []), jobs[::-1])
+    assert list(table.header) == ["system", "0.0001", "0.001", "0.01"]
+    rows = {row[0].value: row[1:] for row in table.rows}
+    assert [cell.value for cell in rows["b, inside"]] == [51.0, 70.0, 65.0]
+    assert [cell.is_best for cell in rows["b, inside"]] == [False, True, False]
+    assert [cell.marks for cell in rows["b, edge"]] == ["", "", "a"]
+    assert "beyond" in table.notes["a"]
+    assert rates_table(Study("mine", "about", "glue", []), jobs[:3]).notes == {}
+
+
+def test_systems_train_their_other_seeds_at_their_best_rate(
+    place: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    script = tmp_path / "job.sbatch"
+    arguments = ["table7", "--seeds", "2", "--output", str(output), "--systems", "MoRE", "--rates", "1e-9,3e-3"]
+    assert study.main([*arguments, "--slurm", str(script), *flags]) == 0
+    assert "#SBATCH --array=0-1%1" in script.read_text(), "seed 0 at both rates; the best is not known yet"
+    assert "without --slurm or with it, to go on" in capsys.readouterr().out
+    assert study.main([*arguments, *flags], forked_jobs.start) == 0
+    found = {}
+    for path in output.glob("runs/*/config.json"):
+        config = json.loads(path.read_text())
+        found.setdefault(config["seed"], set()).add(config["learning_rate"])
+    scores, rates = json.loads((output / "table7" / "table.json").read_text())[-2:]
+    assert found[0] == {1e-9, 3e-3}
+    assert found[1] < found[0]
+    assert len(found[1]) == 1
+    [row] = rates["rows"]
+    assert "learning rate" in rates["title"]
+    assert len(row) == 3
+    assert "2 seeds" in scores["title"]
+
+
 def fake_runs(folder: Path, hits: Mapping[str, list[dict[str, int]]]) -> list[Job]:
     """Jobs whose runs are scored: right answers of a hundred, by system, seed and task."""
     jobs = []
@@ -230,6 +288,12 @@ def test_a_slurm_array(place: Path, flags: list[str], tmp_path: Path, capsys: py
         (["table5", "--", "--method", "lora"], "--method after --: the study sets it"),
         (["table5", "--", "--learning_rat", "1"], "unknown argument '--learning_rat'"),
         (["table5", "--seeds", "0"], "'0' is not a positive number"),
+        (["table5", "--systems", "MoRe"], "study 'table5' has no system 'MoRe'; did you mean 'MoRE'?"),
+        (["table5", "--rates", "1e-3,fast"], "'1e-3,fast': could not convert"),
+        (["table5", "--rates", "1e-3,-1"], "a learning rate is a finite number above zero"),
+        (["table5", "--rates", "1e-3,0.001"], "a rate is named twice"),
+        (["table6", "--rates", "1e-3"], "study 'table6' compares no scores of trained systems"),
+        (["table5", "--rates", "1e-3", "--", "--learning_rate", "1"], "--learning_rate after --, beside --rates"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

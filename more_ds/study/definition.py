@@ -19,8 +19,8 @@ a few examples, and its `only` which systems of a study are trained at this scal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,20 @@ class Study:
     baseline: str | None = None
     published: str | None = None
     relative: Mapping[str, float] = field(default_factory=dict)
+
+
+def only_systems(study: Study, names: Sequence[str]) -> Study:
+    """The study with some of its systems, in its own order; without its baseline nothing is tested against it.
+
+    Raises:
+        UserError: it has no such system.
+    """
+    known = [arm.name for arm in study.arms]
+    for name in names:
+        if name not in known:
+            raise UserError(f"study '{study.name}' has no system '{name}'{suggest(name, known)}")
+    arms = [arm for arm in study.arms if arm.name in names]
+    return replace(study, arms=arms, baseline=study.baseline if study.baseline in names else None)
 
 
 def study_names() -> list[str]:

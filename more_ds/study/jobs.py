@@ -23,6 +23,8 @@ from more_ds.tasks import resolve_tasks
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ("lora_alpha", "lora_dropout", "target_modules")
 """Options of a backbone's recipe that every method gets that adapts the maps it is told."""
+Rates = Mapping[tuple[str, str], float]
+"""Learning rates by backbone and system."""
 OWN = ("method", "adapter", "seed", "output_dir", "recipe", "test")
 """Keys that the study sets itself."""
 
@@ -87,7 +89,13 @@ class Job:
 
 
 def make_jobs(
-    study: Study, scale: Mapping[str, Any], seeds: int, flags: Mapping[str, Any], output: Path, ds_config: str | None
+    study: Study,
+    scale: Mapping[str, Any],
+    seeds: int,
+    flags: Mapping[str, Any],
+    output: Path,
+    ds_config: str | None,
+    rates: Rates | None = None,
 ) -> list[Job]:
     """All jobs of a study, those that others start from first.
 
@@ -98,6 +106,7 @@ def make_jobs(
         flags: keys of the runs that override those of the scale.
         output: folder of all studies of a scale, which share their runs.
         ds_config: DeepSpeed's configuration of every run.
+        rates: learning rates of systems that do not train at their backbone's.
 
     Raises:
         UserError: the scale has no such data, or a run's configuration is wrong.
@@ -110,9 +119,12 @@ def make_jobs(
     runs = range(1 if study.kind in ("transfer", "scaling", "embeddings", "speed") else seeds)
     jobs: dict[str, Job] = {}
     for backbone, keys in scale[study.data].items():
+        common = base_keys(keys, flags)
         for arm in study.arms:
+            rate = (rates or {}).get((backbone, arm.name))
+            own = common if rate is None else {**common, "learning_rate": rate}
             for seed in runs:
-                for job in _runs(study, arm, backbone, base_keys(keys, flags), seed, output, ds_config):
+                for job in _runs(study, arm, backbone, own, seed, output, ds_config):
                     if job.id in jobs and study.kind != "transfer":
                         raise UserError(
                             f"systems '{jobs[job.id].arm}' and '{arm.name}' are one run; change one of them"
