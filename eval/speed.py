@@ -50,7 +50,7 @@ from more_ds.speed.batches import count_tokens
 from more_ds.speed.inference import inference_speed
 from more_ds.speed.profiling import Operation, largest_differences, step_profile
 from more_ds.speed.saving import FAR, sampler_seconds, save_cost
-from more_ds.speed.scoring import GENERATION, PUBLISHED, score_speed
+from more_ds.speed.scoring import GENERATION, LIKELIHOOD, PUBLISHED, score_speed, whole_seconds
 from more_ds.speed.shapes import SHAPES, find_shape
 from more_ds.speed.steps import REFERENCE, Setting, growth, step_costs, variants
 from more_ds.tasks import resolve_tasks
@@ -190,12 +190,17 @@ def _scoring(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     found = score_speed(text_model, tasks, examples, batch_size=arguments.batch_size, rounds=arguments.rounds)
     rows = [
-        [name, str(ratios[GENERATION]), str(ratios[PUBLISHED]), 1000 * ratios["likelihood"].seconds / arguments.rows]
+        [name, str(ratios[GENERATION]), str(ratios[PUBLISHED]), 1000 * ratios[LIKELIHOOD].seconds / len(examples[name])]
         for name, ratios in found.items()
     ]
     medians = [float(np.median([r[way].median for r in found.values()])) for way in (GENERATION, PUBLISHED)]
     rows.append(["median", *(f"{value:.2f}" for value in medians), None])
-    log.say(f"time over that of likelihood, median [quartiles] of {arguments.rounds} rounds, {arguments.device}")
+    sizes = {task.name: len(load_examples(task, "test", data_dir=arguments.data_dir)) for task in tasks}
+    whole = whole_seconds(found, {name: size / len(examples[name]) for name, size in sizes.items()})
+    rows.append(["all", *(f"{whole[way] / whole[LIKELIHOOD]:.2f}" for way in (GENERATION, PUBLISHED)),
+                 1000 * whole[LIKELIHOOD] / sum(sizes.values())])  # fmt: skip
+    log.say(f"time over that of likelihood, median [quartiles] of {arguments.rounds} rounds, {arguments.device}; all: "
+            f"that of the test splits' {sum(sizes.values()):,} rows")  # fmt: skip
     log.say(log.table(["task", "generation", "published", "ms a row"], rows))
     return {name: {way: asdict(r) for way, r in ratios.items()} for name, ratios in found.items()}
 

@@ -23,8 +23,8 @@ from more_ds.speed.counting import kernels, peak_bytes
 from more_ds.speed.inference import BASE, MIXED, work
 from more_ds.speed.inference import model_of as inference_model
 from more_ds.speed.profiling import BETWEEN, Operation, largest_differences, step_profile
-from more_ds.speed.rounds import compare
-from more_ds.speed.scoring import score_speed
+from more_ds.speed.rounds import Ratio, compare
+from more_ds.speed.scoring import score_speed, whole_seconds
 from more_ds.speed.shapes import SHAPES, build, find_shape
 from more_ds.speed.steps import REFERENCE, Setting, variants
 from more_ds.tasks import load_suite
@@ -81,6 +81,14 @@ def test_scoring(
     assert "sst2" in capsys.readouterr().out
     assert speed.main([*argv, "--suite", "nlg", "--tasks", "e2e_nlg"]) == 2
     assert "free text is always generated" in capsys.readouterr().err
+
+
+def test_the_whole_suite_counts_every_task_as_often_as_it_has_rows() -> None:
+    found = {
+        "a": {"likelihood": Ratio(1, 1, 1, 2.0), "published": Ratio(4, 4, 4, 8.0)},
+        "b": {"likelihood": Ratio(1, 1, 1, 1.0), "published": Ratio(2, 2, 2, 2.0)},
+    }
+    assert whole_seconds(found, {"a": 3.0, "b": 0.5}) == {"likelihood": 6.5, "published": 25.0}
 
 
 def test_steps(speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
