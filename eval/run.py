@@ -26,7 +26,7 @@ from more_ds.checkpoint_files import ADAPTER, base_identity
 from more_ds.compare.bootstrap import RESAMPLES
 from more_ds.data.rows import load_examples
 from more_ds.errors import UserError, suggest
-from more_ds.evaluate import check_known, evaluate
+from more_ds.evaluate import MAJORITY_ROWS, check_known, evaluate
 from more_ds.loading import Subject, choose_device, choose_dtype, find_subject, load_text_model
 from more_ds.metrics import Gold
 from more_ds.model import DTYPES
@@ -39,8 +39,6 @@ from more_ds.tasks.render import Example
 from more_ds.text_model import TextModel
 
 MODES = {LIKELIHOOD: (LIKELIHOOD,), GENERATION: (GENERATION,), "both": (LIKELIHOOD, GENERATION)}
-TRAIN_ROWS = 10_000
-"""At most this many training rows of a task decide which answer is the majority's."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ def _examples(
 
 def _train_golds(arguments: argparse.Namespace, subject: Subject, task: Task) -> list[Gold]:
     try:
-        rows = load_examples(task, "train", data_dir=_data_dir(arguments, subject.run, task), limit=TRAIN_ROWS)
+        rows = load_examples(task, "train", data_dir=_data_dir(arguments, subject.run, task), limit=MAJORITY_ROWS)
     except UserError:
         log.say(f"task '{task.name}': no training rows, so no majority baseline")
         return []

@@ -29,7 +29,7 @@ import torch
 
 from launch import single, train
 from more_ds import cli, log
-from more_ds.checkpoint_files import to_json, write_file
+from more_ds.checkpoint_files import is_taken, to_json, write_file
 from more_ds.compose.lorahub import few_shot_loss, search
 from more_ds.compose.masking import masked
 from more_ds.compose.merging import KINDS, merge
@@ -154,7 +154,7 @@ def _job(arguments: argparse.Namespace, recipe: Mapping[str, Any], flags: dict[s
         base = sources[0].base
     config = with_demo(replace(config, model=named or base))
     folder = Path(config.output_dir or default_path(method))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise UserError(f"output_dir {folder} exists and holds something; name another folder")
     tasks = resolve_tasks(config.tasks or None, config.suite, config.tasks_file)
     return _Job(config, method, sources, tasks, folder, choose_device())

@@ -33,6 +33,7 @@ from more_ds.fewshot import NEAREST, Draw, FewShot, draw_shots, summary
 from more_ds.loading import Subject, find_subject, load_text_model
 from more_ds.metrics import majority_scores
 from more_ds.model import DTYPES
+from more_ds.plan_checks import check_sharding
 from more_ds.run_folder import versions
 from more_ds.tasks import Task, resolve_tasks
 from more_ds.tasks.render import Example
@@ -131,6 +132,8 @@ def _plan(arguments: argparse.Namespace, ranks: Ranks) -> _Plan:
         warmup_steps=0, weight_decay=0.0, per_device_eval_batch_size=arguments.batch_size,
     )  # fmt: skip
     sizes = batch_sizes(config, ranks.world)
+    ds_config = resolve(arguments.ds_config, config, sizes, dtype, per_node=ranks.per_node)
+    check_sharding(ds_config, ranks.on_gpu)
     options: dict[str, Any] = {
         "data_dir": arguments.data_dir or run.get("data_dir"),
         "plain": arguments.plain_prompts or bool(subject.reading.get("plain_prompts")),
@@ -150,7 +153,7 @@ def _plan(arguments: argparse.Namespace, ranks: Ranks) -> _Plan:
         majority=majority_scores(task, train_golds, [row.gold for row in test]),
         config=config,
         sizes=sizes,
-        ds_config=resolve(arguments.ds_config, config, sizes, dtype, per_node=ranks.per_node),
+        ds_config=ds_config,
         dtype=dtype,
         output=Path(arguments.output_dir or default),
     )

@@ -15,7 +15,7 @@ from more_ds.tasks import Task
 from more_ds.tasks.render import Example, answer_value, content_hash, parse, prompt_hash
 from more_ds.text_model import TextModel
 
-MAJORITY_ROWS = 100_000
+MAJORITY_ROWS = 10_000
 """At most this many training answers of a task, evenly spread, decide which is the majority's."""
 
 

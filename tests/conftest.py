@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def data_dir() -> Path:
 def models_dir() -> Path:
     """The folder with small real checkpoints (`MORE_DS_MODELS`)."""
     return _folder("MORE_DS_MODELS")
+
+
+@pytest.fixture
+def quantised_gathers(tmp_path: Path) -> Path:
+    """A DeepSpeed configuration whose weights are gathered in 8 bits, which a CPU cannot do."""
+    path = tmp_path / "quantised_gathers.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}))
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -184,6 +184,13 @@ def test_a_mistake_is_one_line_before_a_model_loads(
     assert not (place / "wrong").exists()
 
 
+def test_a_sharding_that_only_gpus_can_do_is_refused(
+    place: Path, quantised_gathers: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert transfer.main(argv(place, "wrong", "--ds_config", str(quantised_gathers))) == 2
+    assert "zero_quantized_weights in the ds_config needs a GPU" in capfd.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def task(place: Path) -> Task:
     return load_suite(place / "fresh.yaml")[0]

@@ -228,6 +228,14 @@ def test_mistakes(place: Path, extra: list[str], message: str, capfd: pytest.Cap
     assert message in error
 
 
+def test_a_sharding_that_only_gpus_can_do_is_refused(
+    place: Path, quantised_gathers: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(place, "qwz", "--ds_config", str(quantised_gathers), code=2)
+    assert "zero_quantized_weights in the ds_config needs a GPU" in capfd.readouterr().err
+    assert not (place / "qwz").exists()
+
+
 def test_another_runs_folder_is_refused(
     place: Path, whole: tuple[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from more_ds.ds_config import BatchSizes, batch_sizes, resolve
 from more_ds.engine import Ranks, learning_rate, set_learning_rate, start, step
 from more_ds.errors import TrainingError, UserError
 from more_ds.model import DTYPES, auto_class, load_base, load_tokenizer, read_model_config
+from more_ds.plan_checks import check_sharding
 from more_ds.pretrain.corpus import BlockOrder, Blocks, pack, read_documents, split_documents
 from more_ds.pretrain.objective import Objective
 from more_ds.pretrain.shapes import Sizes, llama, t5
@@ -102,6 +103,7 @@ def prepare(settings: Settings, ranks: Ranks, ds_config_path: str | None) -> Pre
     )  # fmt: skip
     sizes = batch_sizes(config, ranks.world)
     ds_config = resolve(ds_config_path, config, sizes, dtype, per_node=ranks.per_node)
+    check_sharding(ds_config, ranks.on_gpu)
     texts, held = split_documents(list(read_documents([Path(text) for text in settings.texts], settings.column)))
     on_rank_zero(lambda: _begin(settings, folder, texts), ranks.device, f"{folder} cannot be written")
     tokenizer = load_tokenizer(_tokenizer_folder(settings, folder))
