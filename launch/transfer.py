@@ -1,10 +1,11 @@
-"""Let a trained MoRE learn one more task from a few examples.
+"""Let a trained run learn one more task from a few examples.
 
     python launch/transfer.py RUN --task scitail --shots 4,16,32 --seeds 5
     deepspeed --num_gpus 2 launch/transfer.py RUN --task scitail --ds_config ds_configs/zero2.json
 
-Every draw of shots starts from the run's adapter, extended by the task. Draws that are finished are kept: the same
-command goes on where it stopped.
+Every draw of shots starts from the run's adapter. A MoRE is extended by the task, and can learn its embedding alone.
+Any other method trains all that it has, in the place of a task that it knows where it routes by task. Draws that are
+finished are kept: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from peft import PromptEncoderConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -76,7 +79,7 @@ def _main(arguments: argparse.Namespace) -> None:
     done = {(item["shots"], item["seed"]): Draw(**item) for item in known}
     left = [key for key in plan.draws if key not in done]
     log.say(
-        f"task '{plan.task.name}' from {plan.subject.adapter}: {len(plan.draws)} draws, {len(plan.draws) - len(left)} "
+        f"task '{plan.task.name}' from {plan.subject.name}: {len(plan.draws)} draws, {len(plan.draws) - len(left)} "
         f"finished; {len(plan.test):,} examples of {arguments.split}; output {plan.output}"
     )
     if left:
@@ -92,15 +95,15 @@ def _main(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run", metavar="RUN", help="run directory, or adapter folder, of a MoRE")
+    add("run", metavar="RUN", help="run directory, or adapter folder")
     add("--task", required=True, help="the task to learn, e.g. scitail; suite/task where suites share a name")
     add("--tasks_file", help="a YAML file with tasks of your own")
     add("--data_dir", help="folder with <suite>/<task>/<split>.jsonl.gz; default: the run's, else the hub")
     add("--shots", default="4,16,32", help="examples of each class, e.g. 4,16,32")
     add("--seeds", type=int, default=5, help="draws of each number of shots: seeds 0 to N - 1")
     add("--init_from", default=NEAREST, help="known task that the task starts as; `nearest`: the shots say which")
-    what = "the task's embedding alone (the other tasks stay as they are, to the bit), or the whole adapter"
-    add("--train", choices=(EMBEDDING, ALL), default=EMBEDDING, help=what)
+    what = "a MoRE's new embedding alone (the other tasks stay as they are, to the bit), or all that the run trained"
+    add("--train", choices=(EMBEDDING, ALL), help=f"{what}; default: {EMBEDDING} of a MoRE, else {ALL}")
     add("--max_steps", type=int, default=100, help="optimizer steps of each draw")
     add("--learning_rate", type=float, default=3e-3, help="peak; decays linearly to zero")
     add("--train_batch_size", type=int, default=16, help="examples per step, over all ranks; shots repeat")
@@ -122,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(arguments: argparse.Namespace, ranks: Ranks) -> _Plan:
     subject = find_subject(arguments.run, arguments.base_model)
     run, task = subject.run, resolve_tasks([arguments.task], (), arguments.tasks_file)[0]
+    arguments.train = arguments.train or (EMBEDDING if isinstance(subject.adapter_config, MoreConfig) else ALL)
     _check(arguments, subject, task)
     shots = _numbers(arguments.shots)
     dtype = arguments.dtype or run.get("dtype", "auto")
@@ -163,22 +167,33 @@ def _check(arguments: argparse.Namespace, subject: Subject, task: Task) -> None:
     """Refuse what can be known to be wrong from the flags and the adapter's configuration."""
     adapter = subject.adapter_config
     known = subject.task_ids
-    if not isinstance(adapter, MoreConfig):
-        raise UserError(
-            f"{arguments.run} holds no MoRE adapter; only MoRE can be taught one more task; train one first"
-        )
-    if not known:
+    is_more = isinstance(adapter, MoreConfig)
+    if subject.adapter is None and not subject.run:
+        raise UserError(f"{arguments.run} is no run and no adapter; train one first: launch/train.py")
+    if is_more and not known:
         raise UserError("the adapter does not name its tasks; write them, in order, as task_names in its config")
     if task.name in known:
         raise UserError(f"the adapter knows task '{task.name}' already; it knows: {', '.join(known)}; name another")
+    if arguments.init_from != NEAREST and not known:
+        raise UserError("--init_from: this adapter does not route by task, so there is none to start as; leave it out")
     if arguments.init_from != NEAREST and arguments.init_from not in known:
         raise UserError(
             f"--init_from: unknown task '{arguments.init_from}'{suggest(arguments.init_from, [NEAREST, *known])}"
         )
-    if arguments.init_from == NEAREST and adapter.contrastive_weight == 0:
-        raise UserError("the adapter was trained with contrastive_weight 0, so no task is near; name one: --init_from")
-    if arguments.train == EMBEDDING and (adapter.gate == "frozen" or adapter.gate_input == "pooled"):
-        raise UserError("with a frozen gate, or one on the pooled input, an embedding decides nothing; use --train all")
+    if isinstance(adapter, MoreConfig):
+        if arguments.init_from == NEAREST and adapter.contrastive_weight == 0:
+            raise UserError("the adapter was trained with contrastive_weight 0, so no task is near; name one: "
+                            "--init_from")  # fmt: skip
+        if arguments.train == EMBEDDING and (adapter.gate == "frozen" or adapter.gate_input == "pooled"):
+            raise UserError("with a frozen gate, or one on the pooled input, an embedding decides nothing; use --train "
+                            "all")  # fmt: skip
+    elif isinstance(adapter, PromptEncoderConfig) or getattr(adapter, "prefix_projection", False):
+        raise UserError(f"{arguments.run} holds what its prompt's encoder wrote, and not the encoder; transfer another "
+                        "run")  # fmt: skip
+    elif arguments.train == EMBEDDING:
+        raise UserError("--train embedding: only a MoRE has an embedding of its own for a task; use --train all")
+    elif subject.adapter is None and arguments.save_adapters:
+        raise UserError("--save_adapters: the run trained the whole model, and there is no adapter; leave it out")
     for name in ("seeds", "limit", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -194,11 +209,17 @@ def _numbers(text: str) -> list[int]:
 
 def _settings(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     """What decides a single draw's result: the adapter's bytes, and flags."""
-    weights = (subject.adapter or Path()) / ADAPTER
-    if not weights.is_file():
-        raise UserError(f"no {ADAPTER} in {subject.adapter}; only safetensors are read; save the adapter again")
+    folder, pattern = (Path(subject.base), "*.safetensors") if subject.adapter is None else (subject.adapter, ADAPTER)
+    weights = sorted(folder.glob(pattern))
+    if not weights:
+        raise UserError(f"no {pattern} in {folder}; only safetensors are read; save the adapter again")
     flags = {name: v for name, v in vars(arguments).items() if name not in (*NOT_DECISIVE, "shots", "seeds")}
-    return {**flags, "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    content = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                content.update(part)
+    return {**flags, "adapter_sha256": content.hexdigest()}
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -227,13 +248,19 @@ def _load(arguments: argparse.Namespace, plan: _Plan, ranks: Ranks) -> FewShot:
     source_length, target_length = plan.subject.lengths()
     text_model = load_text_model(
         plan.subject, dtype=plan.dtype, device=str(ranks.device), max_source_length=source_length,
-        max_target_length=target_length,
+        max_target_length=target_length, trainable=True,
     )  # fmt: skip
     model: Any = text_model.module
-    model.add_task(plan.task.name, 0)
-    model.train_task(plan.task.name if arguments.train == EMBEDDING else None)
+    known = list(plan.subject.task_ids)
+    if text_model.routes_by_task and not known:
+        raise UserError(f"{plan.subject.name} routes by task and does not name its tasks; give the run's folder")
+    if isinstance(plan.subject.adapter_config, MoreConfig):
+        model.add_task(plan.task.name, 0)
+        model.train_task(plan.task.name if arguments.train == EMBEDDING else None)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"nothing of {plan.subject.name} can be trained further; transfer another run")
     engine = start(model, plan.config, plan.ds_config, ranks)
-    return FewShot(TextModel(engine, text_model.encoder), ranks, plan.config, plan.sizes)
+    return FewShot(TextModel(engine, text_model.encoder), ranks, plan.config, plan.sizes, plan.task.name, known)
 
 
 def _learn(arguments: argparse.Namespace, plan: _Plan, few_shot: FewShot, shots: int, seed: int) -> Draw:
@@ -250,7 +277,8 @@ def _learn(arguments: argparse.Namespace, plan: _Plan, few_shot: FewShot, shots:
         write_file(plan.output / "draws" / f"{name}.json", to_json(asdict(draw)))
     primary = plan.task.primary
     log.say(
-        f"{shots} shots, seed {seed}: started as {init_from}, loss {losses[0]:.3f} to {losses[-1]:.3f}, "
+        f"{shots} shots, seed {seed}: {f'started as {init_from}, ' if init_from else ''}loss {losses[0]:.3f} to "
+        f"{losses[-1]:.3f}, "
         f"{primary} {untrained[primary]:.2f} to {draw.metrics[primary]:.2f}"
     )
     return draw
@@ -270,7 +298,7 @@ def _write(plan: _Plan, draws: Sequence[Draw], settings: dict[str, Any]) -> None
         "format": 1,
         "task": plan.task.name,
         "metric": plan.task.primary,
-        "adapter": str(plan.subject.adapter),
+        "adapter": str(plan.subject.adapter or plan.subject.base),
         "settings": settings,
         "examples": len(plan.test),
         "majority": plan.majority,

@@ -1,4 +1,9 @@
-"""Few-shot transfer: a trained MoRE learns one more task from a few examples, over several draws of them."""
+"""Few-shot transfer: a trained adapter learns one more task from a few examples, over several draws of them.
+
+MoRE is extended by the task, which starts as a copy of one that it knows. Another method that routes by task learns it
+in the place of one that it knows; one that does not route learns it with all that it has. What a method does between
+the steps of a run, such as AdaLoRA's sharing out of ranks, is not done in so few.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +24,15 @@ from more_ds.data.sampler import BalancedSampler
 from more_ds.ds_config import BatchSizes
 from more_ds.engine import Ranks, learning_rate, set_learning_rate, step
 from more_ds.errors import TrainingError, UserError
+from more_ds.losses import label_nll
 from more_ds.scoring.task_inference import infer_tasks
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example, expand
 from more_ds.text_model import TextModel
+from more_ds.tuners import MoreConfig
 
 NEAREST = "nearest"
-"""The start that the shots' prompts choose."""
+"""The start that the shots choose."""
 
 
 def draw_shots(task: Task, examples: Sequence[Example], shots: int, seed: int) -> list[Example]:
@@ -77,8 +84,8 @@ class Draw:
     Attributes:
         shots: examples of every class (see `draw_shots`).
         seed: of the draw, the order and the dropout.
-        init_from: the task that the new one started as.
-        votes: number of shots whose prompt looked like each task, by name; empty if the start was named.
+        init_from: the task that the new one started as; None: the method does not route by task.
+        votes: number of shots that chose each task, by name; empty if the start was named.
         loss: of each training step: mean over the label tokens, in nats, plus the weighted contrastive loss.
         untrained: the task's metrics before training, in percent.
         metrics: and after it.
@@ -86,7 +93,7 @@ class Draw:
 
     shots: int
     seed: int
-    init_from: str
+    init_from: str | None
     votes: dict[str, int]
     loss: list[float]
     untrained: dict[str, float]
@@ -94,52 +101,78 @@ class Draw:
 
 
 class FewShot:
-    """A model whose adapter was extended by one task, and starts anew for every draw of shots.
+    """A model that learns a task, and starts anew for every draw of shots.
 
     The model is loaded and sharded once. All methods are called by all ranks together.
     """
 
-    def __init__(self, text_model: TextModel, ranks: Ranks, config: RunConfig, sizes: BatchSizes) -> None:
+    def __init__(
+        self, text_model: TextModel, ranks: Ranks, config: RunConfig, sizes: BatchSizes, name: str, known: Sequence[str]
+    ) -> None:
         """Remember where every draw begins.
 
         Args:
-            text_model: around the engine; the adapter's last task is the one to learn.
+            text_model: around the engine; the last task of a MoRE is the one to learn.
             ranks: the processes.
             config: steps, learning rate and its schedule.
             sizes: how a batch is cut.
+            name: of the task to learn.
+            known: the names of the others, in the order of their numbers; empty where the method does not route by
+                task.
         """
         self.text_model, self.ranks, self.config, self.sizes = text_model, ranks, config, sizes
         self.engine: Any = text_model.module
-        adapter: Any = text_model.peft
-        names: list[str] = adapter.active_peft_config.task_names
-        self.known, self.name = names[:-1], names[-1]
+        self.known, self.name = list(known), name
+        self.is_extended = isinstance(getattr(text_model.peft, "active_peft_config", None), MoreConfig)
+        self.task_id = len(self.known) if self.is_extended else 0
         self._start = checkpoint.adapter_tensors(self.engine)
 
-    @property
-    def task_id(self) -> int:
-        """The adapter's number of the task that is learnt."""
-        return len(self.known)
-
-    def begin(self, shots: Sequence[Example], init_from: str) -> tuple[str, dict[str, int]]:
-        """Take the adapter back to its start; the task is a copy of a task that it knows.
+    def begin(self, shots: Sequence[Example], init_from: str) -> tuple[str | None, dict[str, int]]:
+        """Take the model back to its start; the task is a copy of a task that it knows, or stands in its place.
 
         Args:
             shots: the examples.
-            init_from: name of a task, or `nearest`: the one that most shots' prompts look like.
+            init_from: name of a task, or `nearest`: the one that most shots choose, by their prompt where MoRE's
+                embeddings are near to some, else by their answer, which is likeliest as a certain task.
 
         Returns:
-            The name of that task, and the shots' votes by task name (empty if it was named).
+            The name of that task, None where the method does not route by task; and the shots' votes by task name
+            (empty if it was named).
         """
         checkpoint.restart(self.engine, self._start)
+        if not self.known:
+            return None, {}
         votes: Counter[str] = Counter()
         if init_from == NEAREST:
-            prompts = [self.text_model.encoder.prompt(shot.prompt) for shot in shots]
-            for at in range(0, len(prompts), self.config.per_device_eval_batch_size):
-                part = prompts[at : at + self.config.per_device_eval_batch_size]
-                votes.update(self.known[i] for i in infer_tasks(self.text_model, part, self.task_id)[0])
+            choose = self._by_prompt if self.is_extended else self._by_answer
+            for at in range(0, len(shots), self.config.per_device_eval_batch_size):
+                part = shots[at : at + self.config.per_device_eval_batch_size]
+                votes.update(self.known[i] for i in choose(part))
             init_from = max(self.known, key=lambda name: votes[name])
-        checkpoint.restart(self.engine, started_from(self._start, self.known.index(init_from)))
+        source = self.known.index(init_from)
+        if self.is_extended:
+            checkpoint.restart(self.engine, started_from(self._start, source))
+        else:
+            self.task_id = source
         return init_from, dict(votes)
+
+    def _by_prompt(self, shots: Sequence[Example]) -> list[int]:
+        prompts = [self.text_model.encoder.prompt(shot.prompt) for shot in shots]
+        return infer_tasks(self.text_model, prompts, len(self.known))[0]
+
+    def _by_answer(self, shots: Sequence[Example]) -> list[int]:
+        """For each shot the task as which its answer is likeliest."""
+        encoder = self.text_model.encoder
+        prompts = [encoder.prompt(shot.prompt) for shot in shots]
+        answers = [encoder.target(shot.target) for shot in shots]
+        losses = []
+        with self.text_model.evaluating():
+            for task in range(len(self.known)):
+                batch = self.text_model.collator.answers(prompts, answers, [task] * len(shots))
+                batch = self.text_model.to_device(batch)
+                losses.append(label_nll(self.text_model.label_logits(batch), batch["labels"])[0])
+        chosen: list[int] = torch.stack(losses).argmin(0).tolist()
+        return chosen
 
     def train(self, shots: Sequence[Example], seed: int) -> list[float]:
         """Train on the shots, over and over; returns the loss of every step.

@@ -24,6 +24,7 @@ from more_ds.quantised import check_quantised
 from more_ds.tasks import resolve_tasks
 from more_ds.text_model import TextModel
 from more_ds.trained import find_trained
+from more_ds.tuners.half_precision import freeze_counts
 
 SLOTS = ("best", "last")
 """Where a run keeps its adapters, the better one first."""
@@ -149,7 +150,13 @@ def choose_dtype(subject: Subject, dtype: str | None, device: str) -> str:
 
 
 def load_text_model(
-    subject: Subject, *, dtype: str, device: str, max_source_length: int | None, max_target_length: int
+    subject: Subject,
+    *,
+    dtype: str,
+    device: str,
+    max_source_length: int | None,
+    max_target_length: int,
+    trainable: bool = False,
 ) -> TextModel:
     """The model with its adapter, in evaluation mode.
 
@@ -159,6 +166,7 @@ def load_text_model(
         device: as torch names it.
         max_source_length: most tokens of a prompt; None: 384, or as many as the model has positions for.
         max_target_length: most tokens of an answer.
+        trainable: whether what was trained, the adapter or the whole model, is to be trained further.
 
     Raises:
         UserError: what `more_ds.model` and `load_adapter` refuse.
@@ -190,7 +198,9 @@ def load_text_model(
         attn_implementation=attention,
     )
     if subject.adapter is not None:
-        model = load_adapter(model, subject.adapter)
+        model = load_adapter(model, subject.adapter, trainable=trainable)
+    elif trainable:
+        model.requires_grad_(True)
     if quantization == "none":
         model.to(device)
     model.eval()
@@ -203,7 +213,7 @@ def adapter_tasks(config: PeftConfig | None) -> dict[str, int]:
     return {name: i for i, name in enumerate(names)}
 
 
-def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> PeftModel:
+def load_adapter(model: nn.Module, folder: Path, name: str = "default", *, trainable: bool = False) -> PeftModel:
     """Attach a saved adapter to its base model, and make sure that every tensor of it arrived.
 
     PEFT only warns where tensors are missing or left over, and then scores what is in fact the base model.
@@ -212,12 +222,14 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> PeftM
         model: the base model, or one that has other adapters already.
         folder: of the adapter.
         name: PEFT's name for it.
+        trainable: whether it is to be trained further; of the first adapter of a model.
 
     Raises:
         UserError: no weights, damaged weights, weights of another shape, missing or left-over tensors, or values
             that are not finite.
     """
     saved = read_weights(folder)
+    is_prompt = _adapter_config(folder).is_prompt_learning
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing keys, which are an error below
@@ -226,7 +238,12 @@ def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> PeftM
                 model.load_adapter(str(folder), adapter_name=name, torch_device=device)
                 adapted = model
             else:
-                adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, torch_device="cpu")
+                adapted = PeftModel.from_pretrained(
+                    model, str(folder), adapter_name=name, torch_device="cpu", is_trainable=trainable and not is_prompt
+                )
+                freeze_counts(adapted)
+                if trainable and is_prompt:  # PEFT refuses to load it so; what it reads of it is this
+                    adapted.prompt_encoder.requires_grad_(True)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter {folder} does not fit the base model: {reason}; check --base_model") from error

@@ -131,8 +131,8 @@ def test_what_starts_from_a_run_comes_after_it(scale: dict[str, Any]) -> None:
     assert [job.script for job in jobs] == ["launch/train.py", *["eval/run.py"] * 9]
     assert [job.component for job in jobs[1:]] == list(range(9))
     transfers = jobs_of("table4", scale, seeds=5)
-    assert len(transfers) == 3
-    assert transfers[1].arguments[transfers[1].arguments.index("--seeds") + 1] == "5"
+    assert [job.script for job in transfers] == ["launch/train.py"] * 2 + ["launch/transfer.py"] * 3
+    assert transfers[2].arguments[transfers[2].arguments.index("--seeds") + 1] == "5"
 
 
 def test_an_interrupted_study_goes_on(place: Path, flags: list[str]) -> None:
