@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,39 +165,46 @@ def _plan(arguments: argparse.Namespace, ranks: Ranks) -> _Plan:
 
 def _check(arguments: argparse.Namespace, subject: Subject, task: Task) -> None:
     """Refuse what can be known to be wrong from the flags and the adapter's configuration."""
-    adapter = subject.adapter_config
     known = subject.task_ids
-    is_more = isinstance(adapter, MoreConfig)
     if subject.adapter is None and not subject.run:
         raise UserError(f"{arguments.run} is no run and no adapter; train one first: launch/train.py")
-    if is_more and not known:
-        raise UserError("the adapter does not name its tasks; write them, in order, as task_names in its config")
     if task.name in known:
         raise UserError(f"the adapter knows task '{task.name}' already; it knows: {', '.join(known)}; name another")
-    if arguments.init_from != NEAREST and not known:
-        raise UserError("--init_from: this adapter does not route by task, so there is none to start as; leave it out")
+    if isinstance(subject.adapter_config, MoreConfig):
+        _check_more(arguments, subject.adapter_config, known)
+    else:
+        _check_other(arguments, subject)
     if arguments.init_from != NEAREST and arguments.init_from not in known:
         raise UserError(
             f"--init_from: unknown task '{arguments.init_from}'{suggest(arguments.init_from, [NEAREST, *known])}"
         )
-    if isinstance(adapter, MoreConfig):
-        if arguments.init_from == NEAREST and adapter.contrastive_weight == 0:
-            raise UserError("the adapter was trained with contrastive_weight 0, so no task is near; name one: "
-                            "--init_from")  # fmt: skip
-        if arguments.train == EMBEDDING and (adapter.gate == "frozen" or adapter.gate_input == "pooled"):
-            raise UserError("with a frozen gate, or one on the pooled input, an embedding decides nothing; use --train "
-                            "all")  # fmt: skip
-    elif isinstance(adapter, PromptEncoderConfig) or getattr(adapter, "prefix_projection", False):
-        raise UserError(f"{arguments.run} holds what its prompt's encoder wrote, and not the encoder; transfer another "
-                        "run")  # fmt: skip
-    elif arguments.train == EMBEDDING:
-        raise UserError("--train embedding: only a MoRE has an embedding of its own for a task; use --train all")
-    elif subject.adapter is None and arguments.save_adapters:
-        raise UserError("--save_adapters: the run trained the whole model, and there is no adapter; leave it out")
     for name in ("seeds", "limit", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
+
+
+def _check_more(arguments: argparse.Namespace, adapter: MoreConfig, known: Mapping[str, int]) -> None:
+    if not known:
+        raise UserError("the adapter does not name its tasks; write them, in order, as task_names in its config")
+    if arguments.init_from == NEAREST and adapter.contrastive_weight == 0:
+        raise UserError("the adapter was trained with contrastive_weight 0, so no task is near; name one: --init_from")
+    if arguments.train == EMBEDDING and (adapter.gate == "frozen" or adapter.gate_input == "pooled"):
+        raise UserError("with a frozen gate, or one on the pooled input, an embedding decides nothing; use --train all")
+
+
+def _check_other(arguments: argparse.Namespace, subject: Subject) -> None:
+    adapter = subject.adapter_config
+    if isinstance(adapter, PromptEncoderConfig) or getattr(adapter, "prefix_projection", False):
+        raise UserError(
+            f"{arguments.run} holds what its prompt's encoder wrote, and not the encoder; transfer another run"
+        )
+    if arguments.train == EMBEDDING:
+        raise UserError("--train embedding: only a MoRE has an embedding of its own for a task; use --train all")
+    if arguments.init_from != NEAREST and not subject.task_ids:
+        raise UserError("--init_from: this adapter does not route by task, so there is none to start as; leave it out")
+    if adapter is None and arguments.save_adapters:
+        raise UserError("--save_adapters: the run trained the whole model, and there is no adapter; leave it out")
 
 
 def _numbers(text: str) -> list[int]:
