@@ -64,6 +64,7 @@ def _main(arguments: argparse.Namespace, given: Sequence[str], start: Start | No
 
     if search and not (arguments.list or arguments.slurm):
         run(search)
+        log.say(as_text(rates_table(study, search), 2) + "\n")
     is_searched = all(job.is_done for job in search)
     # Until the rates are known, there is nothing but their search to list or to submit.
     jobs = make_jobs(study, scale, arguments.seeds, *where, best_rates(search)) if is_searched else search
@@ -72,8 +73,8 @@ def _main(arguments: argparse.Namespace, given: Sequence[str], start: Start | No
     if arguments.slurm:
         return _write_slurm(arguments, study.name, jobs, "for the tables" if is_searched else "or with it, to go on")
     run(jobs)
-    tables = [*tables_of(study, jobs, scale, flags), *([rates_table(study, search)] if search else [])]
-    write_outcome(output / study.name, study, jobs, tables)
+    tables = tables_of(study, jobs, scale, flags)
+    write_outcome(output / study.name, study, jobs, [*tables, *([rates_table(study, search)] if search else [])])
     log.say("\n\n".join(as_text(table, 2) for table in tables))
     log.say(f"\nwritten to {output / study.name}: index.html, table.md, table.tex, table.json")
 
