@@ -83,7 +83,9 @@ def auto_class(config: Any) -> Any:
 def without_weights(config: Any, trust_remote_code: bool = False) -> Any:
     """The model of a configuration on the meta device: its modules and shapes, and no memory."""
     with init_empty_weights():
-        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # inside, every assignment makes a parameter of its own
+    return model
 
 
 def load_base(

@@ -307,8 +307,9 @@ class Counts:
 
 def count(model_config: Any, adapter: PeftConfig, trust_remote_code: bool, init_adapter: str | None = None) -> Counts:
     """Count what a method trains in a model, from shapes alone."""
+    base = without_weights(model_config, trust_remote_code)
     with init_empty_weights(), torch.random.fork_rng():
-        model: Any = attach(without_weights(model_config, trust_remote_code), adapter)
+        model: Any = attach(base, adapter)
     if init_adapter is not None:
         start_from(model, init_adapter)  # in shape alone
     trainable = parameters_by_kind(model)

@@ -15,11 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import base_model, text_model, tokenizer
+from transformers import LlamaForCausalLM
 
 from more_ds.errors import TrainingError, UserError
 from more_ds.export import job
 from more_ds.export.job import Request, export
 from more_ds.export.lora import check_served
+from more_ds.export.merged import _shares_of_files
 from more_ds.export.push import push
 from more_ds.loading import find_subject
 
@@ -297,3 +299,12 @@ def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert calls == [("me/lora", True), ("me/lora", tmp_path)]
     with pytest.raises(UserError, match="could not be pushed to 'me/full': no space left; it is still there"):
         push(tmp_path, "me/full")
+
+
+def test_a_head_that_is_the_embedding_too_is_not_merged(tmp_path: Path) -> None:
+    config = base_model("llama").config
+    config.tie_word_embeddings = True
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    factors = {"lm_head": (torch.zeros(2, config.hidden_size), torch.zeros(config.vocab_size, 2))}
+    with pytest.raises(UserError, match=r"the weight of lm_head is also that of model\.embed_tokens"):
+        _shares_of_files(tmp_path, ["model.safetensors"], factors, config)

@@ -11,10 +11,18 @@ from distributed import run_ranks
 from safetensors.torch import load_file
 from test_methods_peft import argv, place
 from test_training import DS_CONFIGS, losses, stop_after_the_first_checkpoint, zero_stage_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from tiny_models import base_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    T5ForConditionalGeneration,
+)
 
 from eval import run as eval_run
 from launch import generate, train
+from more_ds import plan
 from more_ds.loading import find_subject
 from more_ds.methods import adapter_config
 from more_ds.model import attach
@@ -116,3 +124,15 @@ def test_no_adapter_is_attached(place: Path) -> None:
     model = attach(base, adapter_config("full", {}, ["a"], base.config))
     assert model is base
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_tied_head_is_counted_once(kind: str) -> None:
+    """Beside the parameters of the model itself, all trained, or all frozen below a LoRA."""
+    config = base_model(kind).config
+    config.tie_word_embeddings = True
+    model = {"llama": LlamaForCausalLM, "t5": T5ForConditionalGeneration}[kind](config)
+    whole = sum(p.numel() for p in model.parameters())
+    trained = plan.count(config, adapter_config("full", {}, ["a"], config), False)
+    assert (sum(trained.trainable.values()), trained.frozen) == (whole, 0)
+    assert plan.count(config, adapter_config("lora", {}, ["a"], config), False).frozen == whole

@@ -146,12 +146,12 @@ def test_disabled_and_unloaded_is_the_base_model(method: str) -> None:
 def test_merged_equals_unmerged(method: str, kind: str) -> None:
     by_task = METHODS[method].merges == "by task"
     for task in (2, 0) if by_task else (None,):
-        model = made(method, kind)
+        model = made(method, kind).double()  # in float32 these random layers blow rounding up, on each CPU another one
         tasks = torch.tensor([task or 0] * 4)
         expected = logits(model, inputs(method, kind, task_ids=tasks))
         options = {"task": task} if by_task else {}
         merged = model.merge_and_unload(**options)
-        close = {"rtol": 0, "atol": 2e-5 * float(expected.abs().max())}
+        close = {"rtol": 0, "atol": 1e-9 * float(expected.abs().max())}
         torch.testing.assert_close(logits(merged, inputs("lora", kind)), expected, **close)
         assert not any("update" in name for name, _ in merged.named_modules())
 

@@ -97,11 +97,11 @@ def _shares_of_files(base: Path, shards: list[str], factors: Factors, model_conf
     stacked = {name for name, (a, _) in factors.items() if a.dim() == 3}
     found = stacked_shares(model, stacked, keys, base) if stacked else {}
     for name in factors.keys() - stacked:
+        if name in tied:
+            raise UserError(f"the weight of {name} is also that of {tied[name]}: merged, both would change; untie them")
         match = _match(f"{name}.weight", f"{model.base_model_prefix}.", keys)
         if match is None:
             raise UserError(f"the files in {base} hold no '{name}.weight'; is this the base model of the adapter?")
-        if name in tied:
-            raise UserError(f"the weight of {name} is also that of {tied[name]}: merged, both would change; untie them")
         found[match] = Share(name, isinstance(model.get_submodule(name), Conv1D))
     return found
 
