@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
 from more_ds.errors import UserError
+from more_ds.quantised import keep_layout
 from more_ds.tuners.base import UPDATE
 from more_ds.tuners.full import FullConfig
 from more_ds.tuners.half_precision import freeze_counts
@@ -138,6 +139,7 @@ def load_base(
             f"the weights of '{name}' cannot be read: {reason}; check the folder, or load it anew"
         ) from error
     model.config.use_cache = False
+    keep_layout(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Base models that come quantised, by GPTQ or AWQ: what they need, refused before their weights are read."""
+"""Base models in few bits: what those that come so, by GPTQ or AWQ, need, and what they and bitsandbytes' do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -37,6 +38,17 @@ def with_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for base in packed:
             del base.weight
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep 4-bit maps in the one layout that gradients pass through.
+
+    On a CPU with bfloat16 in hardware, bitsandbytes packs them anew at the first pass in evaluation mode, for a kernel
+    that rounds what it reads to bfloat16 and knows no gradient; training that goes on does not get past them, silently.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_quantised(config: Any, quantization: str, *, dtype: str, zero3: bool = False, on_gpu: bool = False) -> None:

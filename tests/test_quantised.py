@@ -9,15 +9,17 @@ from unittest import mock
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from tiny_models import base_model, tokenizer
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import train
 from more_ds.errors import UserError
 from more_ds.methods import METHODS, adapter_config
-from more_ds.model import attach
+from more_ds.model import attach, load_base
 from more_ds.quantised import check_quantised, quantiser, with_weights
 from more_ds.tuners.linear import name_targets
 
@@ -158,6 +160,32 @@ def test_a_missing_package_is_one_line_before_any_weight(
     assert len(error.splitlines()) == 1
     assert train.main([*argv, "--quantization", "4bit"]) == 2
     assert "quantised already" in capsys.readouterr().err
+
+
+def test_gradients_pass_4_bit_maps_after_an_evaluation_as_before(tmp_path: Path) -> None:
+    """On a CPU with bfloat16 in hardware they would not, without a word."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = get_peft_model(
+        load_base(str(tmp_path), config, dtype="fp32", quantization="4bit"),
+        LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    assert sum(isinstance(m, Linear4bit) for m in model.modules()) == 14
+    ids = torch.arange(12).view(2, 6)
+
+    def gradients() -> list[torch.Tensor]:
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before = gradients()
+    with torch.no_grad():
+        scored = model.eval()(input_ids=ids).logits
+    for a, b in zip(before, gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(model.train()(input_ids=ids).logits, scored, rtol=1e-5, atol=1e-5)
 
 
 def test_what_a_quantised_base_cannot_do() -> None:
