@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PromptEncoderConfig
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_ds import checkpoint, cli, log
@@ -32,7 +30,7 @@ from more_ds.ds_config import BatchSizes, batch_sizes, resolve
 from more_ds.engine import Ranks, start
 from more_ds.errors import UserError, suggest
 from more_ds.evaluate import evaluate
-from more_ds.fewshot import NEAREST, Draw, FewShot, draw_shots, summary
+from more_ds.fewshot import NEAREST, Draw, FewShot, draw_shots, lacks_encoder, summary
 from more_ds.loading import Subject, find_subject, load_text_model
 from more_ds.metrics import majority_scores
 from more_ds.model import DTYPES
@@ -194,8 +192,7 @@ def _check_more(arguments: argparse.Namespace, adapter: MoreConfig, known: Mappi
 
 
 def _check_other(arguments: argparse.Namespace, subject: Subject) -> None:
-    adapter = subject.adapter_config
-    if isinstance(adapter, PromptEncoderConfig) or getattr(adapter, "prefix_projection", False):
+    if lacks_encoder(subject.adapter_config):
         raise UserError(
             f"{arguments.run} holds what its prompt's encoder wrote, and not the encoder; transfer another run"
         )
@@ -203,7 +200,7 @@ def _check_other(arguments: argparse.Namespace, subject: Subject) -> None:
         raise UserError("--train embedding: only a MoRE has an embedding of its own for a task; use --train all")
     if arguments.init_from != NEAREST and not subject.task_ids:
         raise UserError("--init_from: this adapter does not route by task, so there is none to start as; leave it out")
-    if adapter is None and arguments.save_adapters:
+    if subject.adapter is None and arguments.save_adapters:
         raise UserError("--save_adapters: the run trained the whole model, and there is no adapter; leave it out")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftConfig, PromptEncoderConfig
 from torch import Tensor
 
 from more_ds import checkpoint
@@ -33,6 +34,11 @@ from more_ds.tuners import MoreConfig
 
 NEAREST = "nearest"
 """The start that the shots choose."""
+
+
+def lacks_encoder(config: PeftConfig | None) -> bool:
+    """Whether an adapter's file holds the prompt that an encoder wrote, without the encoder that was trained."""
+    return isinstance(config, PromptEncoderConfig) or getattr(config, "prefix_projection", False)
 
 
 def draw_shots(task: Task, examples: Sequence[Example], shots: int, seed: int) -> list[Example]:
