@@ -7,7 +7,6 @@ the same numbers on several processes: `deepspeed eval/run.py RUN`, `torchrun --
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from more_ds import cli, demo, log
 from more_ds.checkpoint_files import ADAPTER, base_identity
 from more_ds.compare.bootstrap import RESAMPLES
 from more_ds.data.rows import load_examples
+from more_ds.digest import digest_files
 from more_ds.errors import UserError, suggest
 from more_ds.evaluate import MAJORITY_ROWS, check_known, evaluate
 from more_ds.loading import Subject, choose_device, choose_dtype, find_subject, load_text_model
@@ -235,7 +235,7 @@ def _journal(arguments: argparse.Namespace, plan: _Plan) -> Journal:
     adapter = subject.adapter / ADAPTER if subject.adapter is not None else None
     settings = {
         "base": base_identity(subject.base, subject.run.get("revision"))["sha256"],
-        "adapter": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter and adapter.is_file() else None,
+        "adapter": digest_files([adapter]) if adapter and adapter.is_file() else None,
         "tasks": plan.task_ids,
         "settings": [plan.dtype, plan.lengths, arguments.num_beams, arguments.length_normalised],
         "infer_task": arguments.infer_task,

@@ -38,7 +38,7 @@ import torch
 
 from more_ds import cli, log
 from more_ds.data.encoding import Encoder
-from more_ds.data.rows import load_examples
+from more_ds.data.rows import load_examples, load_split
 from more_ds.data.tokens import tokenised
 from more_ds.engine import Ranks
 from more_ds.errors import UserError, suggest
@@ -184,6 +184,7 @@ def _scoring(arguments: argparse.Namespace) -> dict[str, Any]:
         task.name: load_examples(task, "validation", data_dir=arguments.data_dir, limit=arguments.rows)
         for task in tasks
     }
+    sizes = {task.name: len(load_split(task, "test", data_dir=arguments.data_dir)) for task in tasks}
     text_model = load_text_model(
         subject, dtype=choose_dtype(subject, arguments.dtype, arguments.device), device=arguments.device,
         max_source_length=PADDED, max_target_length=32,
@@ -195,7 +196,6 @@ def _scoring(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     medians = [float(np.median([r[way].median for r in found.values()])) for way in (GENERATION, PUBLISHED)]
     rows.append(["median", *(f"{value:.2f}" for value in medians), None])
-    sizes = {task.name: len(load_examples(task, "test", data_dir=arguments.data_dir)) for task in tasks}
     whole = whole_seconds(found, {name: size / len(examples[name]) for name, size in sizes.items()})
     rows.append(["all", *(f"{whole[way] / whole[LIKELIHOOD]:.2f}" for way in (GENERATION, PUBLISHED)),
                  1000 * whole[LIKELIHOOD] / sum(sizes.values())])  # fmt: skip

@@ -17,6 +17,7 @@ import importlib
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,9 @@ def _main(arguments: argparse.Namespace, given: Sequence[str], start: Start | No
     output = Path(arguments.output or Path("studies") / arguments.scale)
     where = (flags, output, arguments.ds_config)
     search = search_jobs(study, scale, arguments.rates, *where) if arguments.rates else []
-
-    def run(jobs: Sequence[Job]) -> None:
-        by_seed = sorted(jobs, key=lambda job: job.seed)  # one of every system first: a deadline cuts off seeds
-        run_all(by_seed, start or launcher(arguments.jobs, arguments.gpus), slots=arguments.jobs, logs=output / "logs")
-
+    queue = partial(_run, start or launcher(arguments.jobs, arguments.gpus), arguments.jobs, output / "logs")
     if search and not (arguments.list or arguments.slurm):
-        run(search)
+        queue(search)
         log.say(as_text(rates_table(study, search), 2) + "\n")
     is_searched = all(job.is_done for job in search)
     # Until the rates are known, there is nothing but their search to list or to submit.
@@ -72,11 +69,16 @@ def _main(arguments: argparse.Namespace, given: Sequence[str], start: Start | No
         return log.say(_listing(jobs))
     if arguments.slurm:
         return _write_slurm(arguments, study.name, jobs, "for the tables" if is_searched else "or with it, to go on")
-    run(jobs)
+    queue(jobs)
     tables = tables_of(study, jobs, scale, flags)
     write_outcome(output / study.name, study, jobs, [*tables, *([rates_table(study, search)] if search else [])])
     log.say("\n\n".join(as_text(table, 2) for table in tables))
     log.say(f"\nwritten to {output / study.name}: index.html, table.md, table.tex, table.json")
+
+
+def _run(start: Start, slots: int, logs: Path, jobs: Sequence[Job]) -> None:
+    """Run jobs, one of every system first: a deadline cuts off seeds."""
+    run_all(sorted(jobs, key=lambda job: job.seed), start, slots=slots, logs=logs)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ finished are kept: the same command goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from more_ds.checkpoint_files import ADAPTER, is_taken, to_json, write_file
 from more_ds.collective import on_rank_zero
 from more_ds.config import RunConfig
 from more_ds.data.rows import load_examples
+from more_ds.digest import digest_files
 from more_ds.ds_config import BatchSizes, batch_sizes, resolve
 from more_ds.engine import Ranks, start
 from more_ds.errors import UserError, suggest
@@ -218,12 +218,7 @@ def _settings(arguments: argparse.Namespace, subject: Subject) -> dict[str, Any]
     if not weights:
         raise UserError(f"no {pattern} in {folder}; only safetensors are read; save the adapter again")
     flags = {name: v for name, v in vars(arguments).items() if name not in (*NOT_DECISIVE, "shots", "seeds")}
-    content = hashlib.sha256()
-    for path in weights:
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                content.update(part)
-    return {**flags, "adapter_sha256": content.hexdigest()}
+    return {**flags, "adapter_sha256": digest_files(weights)}
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ def digest_integers(values: npt.NDArray[Any]) -> str:
     for start in range(0, len(values), _CHUNK):
         found.update(np.ascontiguousarray(values[start : start + _CHUNK], dtype="<i8").data)
     return found.hexdigest()[:16]
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """64 hexadecimal digits: the SHA-256 of files' contents, one after another.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while part := stream.read(_CHUNK):
+                found.update(part)
+    return found.hexdigest()
 
 
 def digest_sources(folder: Path) -> str:

@@ -25,7 +25,7 @@ from more_ds.data.sampler import BalancedSampler
 from more_ds.ds_config import BatchSizes
 from more_ds.engine import Ranks, learning_rate, set_learning_rate, step
 from more_ds.errors import TrainingError, UserError
-from more_ds.losses import label_nll
+from more_ds.scoring.likelihood import rank_options
 from more_ds.scoring.task_inference import infer_tasks
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example, expand
@@ -170,15 +170,10 @@ class FewShot:
         """For each shot the task as which its answer is likeliest."""
         encoder = self.text_model.encoder
         prompts = [encoder.prompt(shot.prompt) for shot in shots]
-        answers = [encoder.target(shot.target) for shot in shots]
-        losses = []
-        with self.text_model.evaluating():
-            for task in range(len(self.known)):
-                batch = self.text_model.collator.answers(prompts, answers, [task] * len(shots))
-                batch = self.text_model.to_device(batch)
-                losses.append(label_nll(self.text_model.label_logits(batch), batch["labels"])[0])
-        chosen: list[int] = torch.stack(losses).argmin(0).tolist()
-        return chosen
+        answers = [[encoder.target(shot.target)] for shot in shots]
+        tasks = range(len(self.known))
+        scores = [rank_options(self.text_model, prompts, [task] * len(shots), answers) for task in tasks]
+        return [max(tasks, key=lambda task: scores[task][i][0]) for i in range(len(shots))]
 
     def train(self, shots: Sequence[Example], seed: int) -> list[float]:
         """Train on the shots, over and over; returns the loss of every step.

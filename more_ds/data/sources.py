@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +13,12 @@ from typing import Any, Protocol
 import datasets
 
 from more_ds.data.row_files import Row, count_rows, listing, read_rows, readable
+from more_ds.digest import digest_files
 from more_ds.errors import UserError
 from more_ds.tasks.schema import Task
 from more_ds.tasks.suite import SUFFIXES, is_file_name
 
-_HUB_ROWS, _CHUNK = 4096, 1 << 20
+_HUB_ROWS = 4096
 
 
 class Split(Protocol):
@@ -70,11 +70,8 @@ class FileSplit:
 
     def identity(self) -> str:
         """Return the SHA-256 of the file: its place and its times say less of what it holds."""
-        found = hashlib.sha256()
-        with readable(self.path), self.path.open("rb") as stream:
-            while part := stream.read(_CHUNK):
-                found.update(part)
-        return found.hexdigest()
+        with readable(self.path):
+            return digest_files([self.path])
 
 
 @dataclass(frozen=True)

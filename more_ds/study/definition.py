@@ -106,15 +106,14 @@ def read_study(name: str, scale: Mapping[str, Any]) -> Study:
     content = _read(FOLDER / f"{name}.yaml", f"no study '{name}'{suggest(name, study_names())}")
     where = f"study '{name}'"
     arms = [_arm(title, keys, where) for title, keys in content.pop("systems", {}).items()]
-    if name in scale.get("only", {}):
-        arms = [arm for arm in arms if arm.name in scale["only"][name]]
     _check_keys(content, {f.name for f in fields(Study)} - {"name", "arms"}, where)
     study = Study(name=name, arms=arms, **content)
     if study.kind not in KINDS:
         raise UserError(f"{where}: kind is '{study.kind}'{suggest(study.kind, KINDS)}")
     if study.baseline is not None and study.baseline not in [arm.name for arm in arms]:
         raise UserError(f"{where}: baseline is '{study.baseline}'{suggest(study.baseline, [arm.name for arm in arms])}")
-    return study
+    only = scale.get("only", {}).get(name)
+    return study if only is None else only_systems(study, only)
 
 
 def read_scale(name: str) -> dict[str, Any]:
