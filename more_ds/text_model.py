@@ -28,6 +28,7 @@ class TextModel:
         module: what is called: the (PEFT) model, or the DeepSpeed engine around it.
         encoder: text to token ids.
         collator: token ids to tensors.
+        takes_cache: whether earlier tokens are known by their keys and values alone.
         distillation: teachers, whose loss is added in training; None: there are none.
     """
 
@@ -56,6 +57,7 @@ class TextModel:
         tuner = getattr(self.peft, "base_model", None)
         routes = bool(getattr(tuner, "routes_by_task", False))
         self.pools = routes or bool(getattr(tuner, "pools_prompts", False))
+        self.takes_cache = bool(getattr(tuner, "takes_cache", True))
         self.distillation: Distillation | None = None
         self.routes_by_task = routes or isinstance(adapter, (PolyConfig, MultitaskPromptTuningConfig))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from more_ds.data.encoding import Encoder
 from more_ds.scoring.generation import generate
-from more_ds.scoring.likelihood import rank_options
+from more_ds.scoring.likelihood import rank_options, share_prefixes
 from more_ds.text_model import TextModel
 from more_ds.tuners.mole import MoleConfig, unit_of
 
@@ -198,6 +198,7 @@ def test_the_gate_sees_the_prompt_alone(kind: str, level: str) -> None:
     """Scores depend neither on the neighbours in the batch nor on the answer, and texts are those of the scores."""
     model = text_model(kind, level)
     rows, options = [[5, 6, 7], [5, 6, 7, 8, 9, 10, 11]], [[[12, 1], [13, 14, 1]], [[13, 14, 15, 1], [16, 1]]]
+    assert share_prefixes(model, [(0, rows[1:] * 99)], 1) is None
     together = rank_options(model, rows, [0, 0], options)
     for prompt, own, found in zip(rows, options, together, strict=True):
         assert rank_options(model, [prompt], [0], [own])[0] == pytest.approx(found, abs=1e-4)

@@ -83,7 +83,7 @@ def test_batch_size_order_and_number_of_options_change_nothing(kind: str) -> Non
     torch.testing.assert_close(torch.tensor(many), torch.tensor(whole[2] * 4), atol=1e-5, rtol=1e-5)
 
 
-def forward_passes(model: TextModel, *arguments: Any) -> tuple[list[list[float]], list[int]]:
+def forward_passes(model: TextModel, *arguments: Any, **options: Any) -> tuple[list[list[float]], list[int]]:
     """Scores, and the number of tokens in the rows of every forward pass that they took."""
     widths: list[int] = []
     key = "decoder_input_ids" if model.is_encoder_decoder else "input_ids"
@@ -91,7 +91,7 @@ def forward_passes(model: TextModel, *arguments: Any) -> tuple[list[list[float]]
         lambda _m, _a, kw: widths.append(kw[key].shape[1]), with_kwargs=True
     )
     try:
-        return rank_options(model, *arguments), widths
+        return rank_options(model, *arguments, **options), widths
     finally:
         handle.remove()
 

@@ -12,7 +12,7 @@ from more_ds.log import Progress
 from more_ds.results import GENERATION, LIKELIHOOD
 from more_ds.scoring.generation import generate
 from more_ds.scoring.journal import Journal, name_of
-from more_ds.scoring.likelihood import rank_options
+from more_ds.scoring.likelihood import rank_options, share_prefixes
 from more_ds.scoring.task_inference import infer_tasks
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
@@ -62,6 +62,14 @@ def _prepare(text_model: TextModel, task: Task, examples: Sequence[Example], tas
     ]
 
 
+def by_task(items: Sequence[Item]) -> list[tuple[int, list[list[int]]]]:
+    """The prompts of every task, with the number that it goes by; a task may be found to be several."""
+    groups: dict[tuple[str, int], list[list[int]]] = {}
+    for item in items:
+        groups.setdefault((item.task.name, item.task_id), []).append(item.prompt)
+    return [(task_id, prompts) for (_, task_id), prompts in groups.items()]
+
+
 @dataclass(frozen=True)
 class Answering:
     """How a model answers items; answers go by the item's number."""
@@ -76,14 +84,16 @@ class Answering:
 
     def score(self, chosen: Sequence[int], normalise: bool) -> dict[int, list[float]]:
         """Log-likelihoods of the options."""
+        names = self._names(LIKELIHOOD, chosen)
+        left, known = self._left(chosen, names)
+        groups = by_task([self.items[i] for i in chosen])  # of all items: the rest of an evaluation scores as the whole
+        prefixes = share_prefixes(self.text_model, groups, self.batch_size) if left else None
 
         def answer(batch: Sequence[Item]) -> list[list[float]]:
             prompts, tasks = [item.prompt for item in batch], [item.task_id for item in batch]
             options = [item.options for item in batch]
-            return rank_options(self.text_model, prompts, tasks, options, normalise=normalise)
+            return rank_options(self.text_model, prompts, tasks, options, normalise=normalise, prefixes=prefixes)
 
-        names = self._names(LIKELIHOOD, chosen)
-        left, known = self._left(chosen, names)
         order = sorted(left, key=lambda i: -len(self.items[i].prompt) - max(map(len, self.items[i].options)))
         return known | self._spread(_batches(order, self.batch_size), answer, names, len(chosen))
 

@@ -17,6 +17,7 @@ from more_ds.losses import label_nll
 from more_ds.numerics import at_least_float32
 from more_ds.scoring import answer_tree
 from more_ds.scoring.answer_tree import Tree
+from more_ds.scoring.prefix_cache import Past, PrefixCache, find_prefixes
 from more_ds.text_model import TextModel
 
 ROWS_PER_PROMPT = 4
@@ -38,6 +39,7 @@ def rank_options(
     options: Options,
     *,
     normalise: bool = False,
+    prefixes: PrefixCache | None = None,
 ) -> list[list[float]]:
     """The log-likelihood of every option of every example, exact.
 
@@ -53,6 +55,7 @@ def rank_options(
         task_ids: each example's task.
         options: token ids of each example's options, EOS included; one or more per example.
         normalise: divide by the number of the option's tokens.
+        prefixes: what many prompts begin with, from `share_prefixes`.
 
     Returns:
         For each example, for each option, the sum (or mean) of its tokens' log-probabilities, in nats.
@@ -65,7 +68,7 @@ def rank_options(
     with text_model.evaluating():
         if takes_trees(text_model):
             with _masked_attention(text_model):
-                scores = _rank_in_trees(text_model, prompts, task_ids, options)
+                scores = _rank_in_trees(text_model, prompts, task_ids, options, prefixes)
         else:
             scores = _rank_with_prompts(text_model, prompts, task_ids, options)
     if normalise:
@@ -74,6 +77,26 @@ def rank_options(
             for row, own in zip(scores, options, strict=True)
         ]
     return scores
+
+
+def share_prefixes(
+    text_model: TextModel, groups: Sequence[tuple[int, Sequence[Sequence[int]]]], batch_size: int
+) -> PrefixCache | None:
+    """Run once what the prompts of each task begin with; None where that saves nothing, or the model cannot be told.
+
+    Every rank must call with the same groups: their prompts are those of all batches, so that no score depends on how
+    they are cut.
+
+    Args:
+        text_model: the model.
+        groups: see `find_prefixes`.
+        batch_size: prefixes that run together.
+    """
+    if text_model.is_encoder_decoder or not text_model.takes_cache or not takes_trees(text_model):
+        return None
+    prefixes = find_prefixes(groups)
+    with text_model.evaluating():
+        return PrefixCache.run(text_model, prefixes, batch_size) if prefixes else None
 
 
 def takes_trees(text_model: TextModel) -> bool:
@@ -109,8 +132,15 @@ def _agree(text_model: TextModel, passes: int) -> int:
 
 
 def _rank_in_trees(
-    text_model: TextModel, prompts: Sequence[Sequence[int]], task_ids: Sequence[int], options: Options
+    text_model: TextModel,
+    prompts: Sequence[Sequence[int]],
+    task_ids: Sequence[int],
+    options: Options,
+    prefixes: PrefixCache | None,
 ) -> list[list[float]]:
+    past = None if prefixes is None else prefixes.before(prompts, task_ids)
+    if past is not None:
+        prompts = [prompt[count:] for prompt, count in zip(prompts, past.lengths.tolist(), strict=True)]
     batch = text_model.to_device(text_model.collator.prompts(prompts, task_ids))
     start = text_model.collator.decoder_start_id
     answers = [[tuple(option) for option in own] for own in options]
@@ -122,7 +152,7 @@ def _rank_in_trees(
         trees = [
             answer_tree.tree(tuple(own[i] for i in group), start) for own, group in zip(answers, chosen, strict=True)
         ]
-        logits = _tree_logits(text_model, batch, trees)
+        logits = _tree_logits(text_model, batch, trees, past)
         for row, (group, own) in enumerate(zip(chosen, answers, strict=True)):
             if turn < len(groups[row]):
                 found = _read(logits[row], trees[row], [own[i] for i in group], shift=int(start is None))
@@ -131,7 +161,7 @@ def _rank_in_trees(
     return scores
 
 
-def _tree_logits(text_model: TextModel, batch: Batch, trees: Sequence[Tree]) -> Tensor:
+def _tree_logits(text_model: TextModel, batch: Batch, trees: Sequence[Tree], past: Past | None) -> Tensor:
     """Logits after every token of the trees, (batch, nodes, vocabulary); a causal model's prompt end comes first."""
     tokens, depths, sees = (part.to(text_model.device) for part in answer_tree.rows(trees, text_model.encoder.pad_id))
     base: Any = text_model.base
@@ -145,10 +175,14 @@ def _tree_logits(text_model: TextModel, batch: Batch, trees: Sequence[Tree]) -> 
                 **text_model.extras(extras | {"prompt_mask": mask}),
             ).logits  # fmt: skip
     length = mask.shape[1]
-    own = positions(mask)
+    own, sees = positions(mask), answer_tree.beside_prompts(mask, sees)
+    if past is not None:
+        own = own + past.lengths[:, None]
+        sees = torch.cat([past.sees[:, None].expand(-1, sees.shape[1], -1), sees], dim=2)
     inputs: dict[str, Any] = {
         "input_ids": torch.cat([batch["input_ids"], tokens], dim=1),
-        "attention_mask": answer_tree.additive(answer_tree.beside_prompts(mask, sees), dtype),
+        "attention_mask": answer_tree.additive(sees, dtype),
+        "past_key_values": None if past is None else past.cache,
         "position_ids": torch.cat([own, own[:, -1:] + 1 + depths], dim=1),
     }
     inputs |= {"logits_to_keep": tokens.shape[1] + 1} if text_model.keeps_logits else {}

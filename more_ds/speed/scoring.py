@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from more_ds.scoring.answering import Item, prepare
+from more_ds.scoring.answering import Item, by_task, prepare
 from more_ds.scoring.generation import generate
-from more_ds.scoring.likelihood import rank_options
+from more_ds.scoring.likelihood import rank_options, share_prefixes
 from more_ds.speed.rounds import Ratio, compare
 from more_ds.tasks import Task
 from more_ds.tasks.render import Example
@@ -43,12 +43,11 @@ def score_speed(
         items, _ = prepare(text_model, [task], examples, {task.name: 0})
         items.sort(key=lambda item: -len(item.prompt))
         batches = [items[at : at + batch_size] for at in range(0, len(items), batch_size)]
-        ways: dict[str, Callable[[Sequence[Item]], object]] = {
-            LIKELIHOOD: partial(_rank, text_model),
-            GENERATION: partial(_generate, text_model),
-            PUBLISHED: partial(_as_published, text_model),
+        runs = {
+            LIKELIHOOD: partial(_rank, text_model, batches),
+            GENERATION: partial(_over, partial(_generate, text_model), batches),
+            PUBLISHED: partial(_over, partial(_as_published, text_model), batches),
         }
-        runs = {name: partial(_over, way, batches) for name, way in ways.items()}
         found[task.name] = compare(runs, LIKELIHOOD, rounds=rounds)
     return found
 
@@ -64,9 +63,11 @@ def _over(way: Callable[[Sequence[Item]], object], batches: Sequence[Sequence[It
         way(batch)
 
 
-def _rank(text_model: TextModel, batch: Sequence[Item]) -> object:
-    prompts, tasks = [item.prompt for item in batch], [item.task_id for item in batch]
-    return rank_options(text_model, prompts, tasks, [item.options for item in batch])
+def _rank(text_model: TextModel, batches: Sequence[Sequence[Item]]) -> None:
+    prefixes = share_prefixes(text_model, by_task([item for batch in batches for item in batch]), len(batches[0]))
+    for batch in batches:
+        prompts, tasks = [item.prompt for item in batch], [item.task_id for item in batch]
+        rank_options(text_model, prompts, tasks, [item.options for item in batch], prefixes=prefixes)
 
 
 def _generate(text_model: TextModel, batch: Sequence[Item]) -> object:

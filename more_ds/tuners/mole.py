@@ -189,6 +189,7 @@ class MoleModel(LorasModel):
     prefix = "mole_"
     layer_class = MoleLinear
     pools_prompts = True
+    takes_cache = False  # the gates weigh by all of the prompt
     auxiliary_name = "balance"
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

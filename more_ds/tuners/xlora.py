@@ -106,6 +106,7 @@ class XLoraModel(LorasModel):
 
     prefix = "x_lora_"
     layer_class = XLoraLinear
+    takes_cache = False  # a token's weights come from another pass over the text before it
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter: its layers, then the classifier."""
