@@ -17,6 +17,7 @@ from more_ds.losses import label_nll
 from more_ds.numerics import at_least_float32
 from more_ds.scoring import answer_tree
 from more_ds.scoring.answer_tree import Tree
+from more_ds.scoring.last_block import for_the_last
 from more_ds.scoring.prefix_cache import Past, PrefixCache, find_prefixes
 from more_ds.text_model import TextModel
 
@@ -187,7 +188,8 @@ def _tree_logits(text_model: TextModel, batch: Batch, trees: Sequence[Tree], pas
     }
     inputs |= {"logits_to_keep": tokens.shape[1] + 1} if text_model.keeps_logits else {}
     extras["prompt_mask"] = torch.nn.functional.pad(mask, (0, tokens.shape[1]))
-    logits = text_model.module(**inputs, **text_model.extras(extras), use_cache=False).logits
+    with for_the_last(text_model, tokens.shape[1] + 1):
+        logits = text_model.module(**inputs, **text_model.extras(extras), use_cache=False).logits
     return logits if text_model.keeps_logits else logits[:, length - 1 :]
 
 
