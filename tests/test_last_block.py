@@ -66,6 +66,7 @@ def test_hooks_are_gone_afterwards_and_after_an_error() -> None:
     with for_the_last(model, 4):
         torch.testing.assert_close(network(x)[:, -4:], whole[:, -4:])
         assert not network(x)[:, :-4].any()
+        assert torch.equal(network(x=x), whole)
     assert torch.equal(network(x), whole)
     with pytest.raises(TypeError), for_the_last(model, 4):
         network(x, "one too many")

@@ -28,11 +28,15 @@ def for_the_last(text_model: TextModel, count: int) -> Iterator[None]:
         return
     hidden: list[int] = []
 
-    def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args:
+            return None  # it is called by keyword: whole rows
         hidden.append(args[0].shape[1])
         return args[0][:, -count:].contiguous(), *args[1:]
 
-    def give(_: nn.Module, __: Any, output: Any) -> Any:
+    def give(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not args:
+            return None
         first, *others = [output] if isinstance(output, Tensor) else output
         padded = nn.functional.pad(first, (0, 0, hidden.pop() - first.shape[1], 0))
         return (padded, *others) if others else padded
