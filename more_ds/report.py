@@ -13,6 +13,7 @@ from more_ds.data.encoding import Encoder
 from more_ds.engine import Ranks
 from more_ds.map_names import place_of
 from more_ds.plan import Plan
+from more_ds.tuners import MoreConfig
 
 
 def header(plan: Plan, ranks: Ranks, output: str) -> str:
@@ -33,6 +34,7 @@ def header(plan: Plan, ranks: Ranks, output: str) -> str:
         ("method", f"{config.method}, {trainable:,} trainable ({kinds}), {plan.frozen:,} frozen"),
         ("maps", maps),
         *untouched,
+        *_scale(plan),
         ("model", f"{config.model} ({plan.model_config.model_type}, {plan.dtype}{quantized})"),
         ("ranks", f"{where}, ZeRO-{plan.stage}"),
         (
@@ -47,6 +49,15 @@ def header(plan: Plan, ranks: Ranks, output: str) -> str:
         ("output", output),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
+
+
+def _scale(plan: Plan) -> list[tuple[str, str]]:
+    """What c = r_t / T does to the update, where the number of tasks makes it another one than the rank suggests."""
+    adapter, count = plan.adapter, len(plan.tasks)
+    if not isinstance(adapter, MoreConfig) or adapter.scale != "rank" or 0.5 <= adapter.r / count <= 1.5:
+        return []
+    factor = f"c = r_t / T multiplies the update by {adapter.r / count:.2f} at full rank (r = {adapter.r}, T = {count})"
+    return [("scale", f"{factor}, as that much more lora_alpha would; --adapter.scale none leaves it out")]
 
 
 def facts(plan: Plan, ranks: Ranks) -> dict[str, Any]:

@@ -265,6 +265,26 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path, capfd: pytest
 
 
 @pytest.mark.parametrize(
+    ("extra", "factor"),
+    [
+        (["--adapter.r", "3"], None),
+        (["--adapter.r", "6"], "2.00 at full rank (r = 6, T = 3)"),
+        (["--adapter.r", "4", "--tasks", "parity"], "4.00 at full rank (r = 4, T = 1)"),
+        (["--adapter.r", "1"], "0.33 at full rank (r = 1, T = 3)"),
+        (["--adapter.r", "6", "--adapter.scale", "none"], None),
+        (["--adapter.r", "6", "--method", "lora"], None),
+    ],
+)
+def test_the_header_says_what_the_number_of_tasks_does_to_the_update(
+    place: Path, extra: list[str], factor: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(argv(place, place / "dry", "--dry_run", *extra)) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("scale ")]
+    assert len(lines) == (factor is not None)
+    assert all(str(factor) in line for line in lines)
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--tasks", "parityy"], "unknown task 'parityy'; did you mean 'parity'?"),

@@ -71,8 +71,9 @@ class MoreConfig(PeftConfig):
     scale: Literal["rank", "component", "none"] = field(
         default="rank",
         metadata={
-            "help": "`rank`: c = r_t / T (paper). `component`: component j is multiplied by (j / r)^2, as in the "
-            "published code. `none`: c = 1."
+            "help": "`rank`: c = r_t / T (paper); with r = 16, 8 tasks have twice the update that lora_alpha says, and "
+            "64 tasks a quarter of it. `component`: component j is multiplied by (j / r)^2, as in the published code. "
+            "`none`: c = 1."
         },
     )
     experts: Literal["prefix", "subset"] = field(
